@@ -1,0 +1,523 @@
+"""The six autoencoders of the paper (supplement, section A), their objectives, and the loading of weights.
+
+    AE (eq. 3)   DAE (eq. 4)   VAE (eq. 5)   SDVAE (eq. 6)      convolutional, the Stable Diffusion 3 VAE
+    MAE (eq. 7)  VMAE (main paper, section 4)                   ViT with masking
+
+    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1]
+    decode(z) -> images         z (B, C, H/f, W/f) -> (B, 3, H, W), about [-1, 1], not clamped
+    forward(x, noise=None, ids_shuffle=None, perceptual=None) -> loss, terms, reconstruction
+
+forward *is* the objective, so that DDP and torch.compile see all of it. Its random numbers may be handed in:
+noise is standard normal in the shape of the latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the
+visible tokens) or of the image (DAE); ids_shuffle (B, L) permutes each image's patches, the first `keep` stay
+visible; randomness(n, size, generator) draws them. perceptual is a callable (x_hat, x) -> scalar such as LPIPS,
+its term is absent without it.
+
+One scale for all six: reconstruction terms are means over values, KL terms are summed over the latent channels
+and averaged over positions and images. The loss is the sum of `terms` (detached scalars) times model.weights.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import urllib.error
+import warnings
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+class Posterior:
+    """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
+    def __init__(self, moments, deterministic=False, dim=1):
+        self.mean, logvar = moments.float().chunk(2, dim)
+        self.logvar = logvar.clamp(-30, 20)
+        self.deterministic = deterministic   # AE, DAE and MAE: a sample is the mean
+
+    def sample(self, noise=None):
+        if self.deterministic:
+            return self.mean
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self):
+        return self.mean
+
+def kl_normal(mean, logvar, dim=1):
+    """KL(N(mean, e^logvar) || N(0, 1)), eqs. 5 and 6: summed over dim, mean of the rest."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim).mean()
+
+def kl_unit(logvar, prior_std=1.0, dim=-1):
+    """VMAE's KL, the mean left free: 1/2 (var/s^2 - 1 - log var/s^2), summed over dim, mean of the rest."""
+    logvar = logvar - 2 * math.log(prior_std)
+    return 0.5 * (logvar.exp() - 1 - logvar).sum(dim).mean()
+
+def weigh(weights, terms):
+    """What every forward returns first: the weighted sum of the terms, and the terms detached."""
+    loss = sum(weights[name] * term for name, term in terms.items())
+    return loss, {name: term.detach() for name, term in terms.items()}
+
+# ---- The convolutional backbone: the Stable Diffusion 3 VAE, tensor names of diffusers' AutoencoderKL ----
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the H * W positions, one head."""
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)   # (B, 1, H * W, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
+
+class Level(nn.Module):
+    """`depth` residual blocks a -> b at one resolution, then half ("down") or twice ("up") the resolution."""
+    def __init__(self, a, b, depth, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(b if i else a, b) for i in range(depth))
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, stride=2)})])
+        if resample == "up":
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, padding=1)})])
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))   # right and bottom only
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialAttention(channels)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels), ResnetBlock(channels, channels)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> moments (B, 2 * latent_dim, H/f, W/f), f = 2^(levels - 1)."""
+    def __init__(self, channels, latent_dim):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        resample = ["down"] * (len(channels) - 1) + [None]
+        self.down_blocks = nn.ModuleList(
+            Level(a, b, 2, r) for a, b, r in zip([channels[0], *channels], channels, resample))
+        self.mid_block = Middle(channels[-1])
+        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+
+class Decoder(nn.Module):
+    """Latents (B, latent_dim, H/f, W/f) -> images (B, 3, H, W)."""
+    def __init__(self, channels, latent_dim):
+        super().__init__()
+        channels = channels[::-1]
+        self.conv_in = nn.Conv2d(latent_dim, channels[0], 3, padding=1)
+        self.mid_block = Middle(channels[0])
+        resample = ["up"] * (len(channels) - 1) + [None]
+        self.up_blocks = nn.ModuleList(
+            Level(a, b, 3, r) for a, b, r in zip([channels[0], *channels], channels, resample))
+        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+class AE(nn.Module):
+    """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on.
+
+    channels: a width for each level, multiples of 32; recon: "mse" (eq. 3) or "l1" (VQGAN's); weights: other
+    weights of terms than the class's.
+    """
+    deterministic = True
+    weights = {"recon": 1.0, "lpips": 0.0}
+
+    def __init__(self, channels=(128, 256, 512, 512), latent_dim=16, recon="mse", weights=()):
+        super().__init__()
+        self.weights = self.weights | dict(weights)
+        self.latent_dim = latent_dim
+        self.encoder = Encoder(channels, latent_dim)
+        self.decoder = Decoder(channels, latent_dim)
+        self.patch_size = 2 ** (len(channels) - 1)   # f, the pixels on a side of a latent position
+        self.recon = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]
+
+    def randomness(self, n, size, generator):
+        """What forward takes at random for n images of size x size pixels, on the generator's device."""
+        return {}
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f); ValueError unless f divides H, W."""
+        if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
+            raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.patch_size}")
+        return Posterior(self.encoder(x), self.deterministic)
+
+    def decode(self, z):
+        """z (B, C, H/f, W/f) -> images (B, 3, H, W)."""
+        return self.decoder(z)
+
+    def objective(self, x, x_hat, perceptual, **terms):
+        terms["recon"] = self.recon(x_hat.float(), x)
+        if perceptual is not None:
+            terms["lpips"] = perceptual(x_hat, x)
+        return *weigh(self.weights, terms), x_hat
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        return self.objective(x, self.decode(self.encode(x).mode()), perceptual)
+
+class DAE(AE):
+    """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
+    def __init__(self, *args, noise_std=0.1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.noise_std = noise_std
+
+    def randomness(self, n, size, generator):
+        return {"noise": torch.randn(n, 3, size, size, generator=generator, device=generator.device)}
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        noise = torch.randn_like(x) if noise is None else noise
+        x_hat = self.decode(self.encode(x + self.noise_std * noise).mode())
+        return self.objective(x, x_hat, perceptual)
+
+class VAE(AE):
+    """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
+    deterministic = False
+    weights = {"recon": 1.0, "kl": 1e-4, "lpips": 0.0}
+
+    def randomness(self, n, size, generator):
+        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
+        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        posterior = self.encode(x)
+        x_hat = self.decode(posterior.sample(noise))
+        return self.objective(x, x_hat, perceptual, kl=kl_normal(posterior.mean, posterior.logvar))
+
+class SDVAE(VAE):
+    """Stable Diffusion's VAE, eq. 6. forward has all but the adversarial term, which needs D: the training loop adds
+    disc_weight * adaptive_weight(...) * generator_loss(D(x_hat)), and trains D with disc_loss.
+    """
+    weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
+
+class Discriminator(nn.Module):
+    """VQGAN's PatchGAN, 3 layers from 64 channels: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for a, b, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
+        for module in self.main:
+            if not isinstance(module, nn.LeakyReLU):   # convolutions around 0, batch norms around 1
+                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+
+    def forward(self, x):
+        return self.main(x)
+
+def disc_loss(real_logits, fake_logits, kind="hinge"):
+    """The adversarial term of eq. 6 as D minimises it: "vanilla" the equation's, "hinge" VQGAN's default."""
+    if kind == "vanilla":
+        return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+    raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
+
+def generator_loss(fake_logits):
+    """The adversarial term as the autoencoder minimises it, in both variants."""
+    return -fake_logits.mean()
+
+def adaptive_weight(loss, adv, last_layer):
+    """VQGAN's factor, which gives both gradients one norm at the decoder's last weight. loss: reconstruction and
+    LPIPS; a KL in it does no harm, its gradient does not reach the decoder.
+    """
+    grad_loss, = torch.autograd.grad(loss, last_layer, retain_graph=True)
+    grad_adv, = torch.autograd.grad(adv, last_layer, retain_graph=True)
+    return (grad_loss.norm() / (grad_adv.norm() + 1e-4)).clamp(0, 1e4)
+
+# ---- The ViT backbone: MAE and VMAE, tensor names of the authors' release ----
+
+def position_table(dim, grid):
+    """Fixed 2-D sin-cos positions (1, grid^2, dim): half of the channels for the column, half for the row."""
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega   # (grid, dim / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1)                   # (grid, dim / 2)
+    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1).float()[None]
+
+class Block(nn.Module):
+    """A pre-norm transformer block, (B, L, D) -> (B, L, D)."""
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        B, L, D = x.shape
+        qkv = self.attn["qkv"](self.norm1(x)).view(B, L, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)   # each (B, heads, L, D / heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
+        x = x + self.attn["proj"](attended)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+class MAE(nn.Module):
+    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. VMAE is built on it.
+
+    L = (image_size / patch_size)^2 tokens; forward encodes int(L * (1 - mask_ratio)) of them, encode all.
+    """
+    deterministic = True
+    weights = {"masked": 1.0, "lpips": 0.0}
+
+    def __init__(self, image_size=256, patch_size=8, hidden_size=192, depth=12, decoder_depth=12,
+                 num_heads=12, latent_dim=16, mask_ratio=0.6, weights=()):
+        super().__init__()
+        self.weights = self.weights | dict(weights)
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+        self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
+        self.keep = int(self.grid ** 2 * (1 - mask_ratio))
+        if self.keep == 0:
+            raise ValueError(f"mask ratio {mask_ratio} leaves none of {self.grid ** 2} patches visible")
+        self.latent_dim = latent_dim
+
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, hidden_size, patch_size, patch_size)})
+        self.pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.to_latent = nn.Linear(hidden_size, 2 * latent_dim)
+
+        self.from_latent = nn.Linear(latent_dim, hidden_size)
+        self.decoder_embed = nn.Linear(hidden_size, hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.decoder_pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.decoder_pred = nn.ModuleDict({"linear_pred": nn.Linear(hidden_size, 3 * patch_size ** 2),
+                                           "conv_smoother": nn.Conv2d(3, 3, 3, padding=1)})   # removes seams
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # as a linear map
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def embed(self, x):
+        """Images -> patch tokens with positions (B, L, D)."""
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels")
+        return self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
+
+    def encode_tokens(self, tokens):
+        """(B, any number of tokens, D) -> moments (B, tokens, 2C)."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.to_latent(self.norm(tokens))
+
+    def decode_tokens(self, z, ids_shuffle):
+        """Latents of the visible tokens (B, keep, C), which ids_shuffle (B, L) put first -> (B, 3, H, W)."""
+        tokens = self.decoder_embed(self.from_latent(z))
+        B, L = ids_shuffle.shape
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(B, L - tokens.shape[1], -1)
+        tokens = torch.cat([tokens, mask_tokens], 1)   # mask tokens never pass the latent
+        ids_restore = ids_shuffle.argsort(1)
+        tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
+        tokens = tokens + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        patches = self.decoder_pred["linear_pred"](self.decoder_norm(tokens))
+        patches = patches.view(B, self.grid, self.grid, self.patch_size, self.patch_size, 3)
+        images = patches.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, self.image_size, self.image_size)
+        return self.decoder_pred["conv_smoother"](images)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/p, W/p), nothing masked; ValueError on other H, W."""
+        moments = self.encode_tokens(self.embed(x)).transpose(1, 2)
+        return Posterior(moments.reshape(len(x), -1, self.grid, self.grid), self.deterministic)
+
+    def decode(self, z):
+        """z (B, C, H/p, W/p) -> images (B, 3, H, W)."""
+        z = z.flatten(2).transpose(1, 2)
+        return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
+
+    def randomness(self, n, size, generator):
+        shuffle = torch.rand(n, self.grid ** 2, generator=generator, device=generator.device).argsort(1)
+        return {"ids_shuffle": shuffle}
+
+    def masked_pass(self, x, noise=None, ids_shuffle=None):
+        """Encodes the visible patches, decodes all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
+        tokens = self.embed(x)
+        ids_shuffle = torch.rand(tokens.shape[:2], device=x.device).argsort(1) if ids_shuffle is None else ids_shuffle
+        ids_keep = ids_shuffle[:, :self.keep]
+        visible = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[-1]))
+        posterior = Posterior(self.encode_tokens(visible), self.deterministic, dim=-1)
+        x_hat = self.decode_tokens(posterior.sample(noise), ids_shuffle)
+        mask = torch.ones(ids_shuffle.shape, device=x.device).scatter(1, ids_keep, 0.0)
+        return x_hat, posterior, mask
+
+    def objective(self, x, x_hat, mask, perceptual, **terms):
+        error = F.avg_pool2d((x_hat.float() - x).square().mean(1), self.patch_size).flatten(1)   # (B, L)
+        if "visible" in self.weights:
+            terms["visible"] = (error * (1 - mask)).sum() / (1 - mask).sum()
+        if self.keep < self.grid ** 2:   # else the mean over no patches is 0/0: the term is absent
+            terms["masked"] = (error * mask).sum() / mask.sum()
+        if perceptual is not None:
+            terms["lpips"] = perceptual(x_hat, x)
+        return *weigh(self.weights, terms), x_hat
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        x_hat, _, mask = self.masked_pass(x, noise, ids_shuffle)
+        return self.objective(x, x_hat, mask, perceptual)
+
+class VMAE(MAE):
+    """Variational masked autoencoder, the paper's own (main paper, section 4):
+
+    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. A latent is drawn for each
+    visible token; the KL draws its variance alone to prior_std^2. The weights are the release's, which multiply
+    whole terms: relative to the visible one lambda_M = lambda_P = 1, lambda_reg = 2e-6.
+    """
+    deterministic = False
+    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
+
+    def __init__(self, *args, prior_std=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prior_std = prior_std
+
+    def randomness(self, n, size, generator):
+        noise = torch.randn(n, self.keep, self.latent_dim, generator=generator, device=generator.device)
+        return {"noise": noise, **super().randomness(n, size, generator)}
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
+        return self.objective(x, x_hat, mask, perceptual, kl=kl_unit(posterior.logvar, self.prior_std))
+
+MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": VMAE}
+
+# ---- Weights: LPIPS's network, checkpoints of ours and of others ----
+
+def lpips_vgg():
+    """The lpips package's metric on VGG16, v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1), images in [-1, 1].
+
+    VGG16 is downloaded to torch's hub cache on first use; FileNotFoundError if it cannot be, ValueError if bad.
+    """
+    import lpips
+    from torchvision.models import VGG16_Weights
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    advice = f"put {url} into {folder}, or train without it: --lpips 0"
+    try:
+        vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except urllib.error.URLError as error:
+        raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error.reason}): {advice}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ValueError(f"{os.path.join(folder, os.path.basename(url))} is damaged: {advice}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # lpips calls torchvision the old way; by itself it would unpickle freely
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
+        parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
+    return net.eval().requires_grad_(False)
+
+def read_checkpoint(path):
+    """A checkpoint file -> dict on the CPU; nothing in it can run code. FileNotFoundError, ValueError."""
+    torch.serialization.add_safe_globals([argparse.Namespace])   # the release's files hold one
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint file {path}")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
+    return ckpt
+
+def load(path):
+    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or the state
+    dict of diffusers' AutoencoderKL. Raises FileNotFoundError or ValueError, a sentence that says what is wrong.
+    """
+    return from_checkpoint(read_checkpoint(path), path)
+
+def from_checkpoint(ckpt, path="checkpoint"):
+    """As load, from a dict in memory; `path` is for messages."""
+    state = ckpt.get("model", ckpt)
+    state = {key: value for key, value in state.items() if not key.startswith("perceptual_loss.")}
+    if ckpt.get("kind") == "autoencoder":
+        name, config = ckpt["name"], ckpt["config"]
+    elif "x_embedder.proj.weight" in state:
+        raise ValueError(f"{path} holds a DiT, not an autoencoder: it belongs behind sample.py --ckpt")
+    elif "patch_embed.proj.weight" in state:   # the authors' VMAE
+        hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        depths = [sum(key.startswith(p) and key.endswith("norm1.weight") for key in state)
+                  for p in ("blocks.", "decoder_blocks.")]
+        name = "vmae"   # the number of heads cannot be read off the tensors: 12 in all that were released
+        config = {"image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+                  "patch_size": patch_size, "hidden_size": hidden_size, "depth": depths[0],
+                  "decoder_depth": depths[1], "latent_dim": state["from_latent.weight"].shape[1]}
+    elif "encoder.conv_in.weight" in state:   # diffusers' AutoencoderKL
+        levels = sum(key.endswith("resnets.0.conv1.weight") and ".down_blocks." in key for key in state)
+        channels = [len(state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels)]
+        name, config = "sdvae", {"channels": channels, "latent_dim": state["decoder.conv_in.weight"].shape[1]}
+    else:
+        raise ValueError(f"{path} holds no autoencoder that this program knows")
+    model = MODELS[name](**config)
+    if name == "vmae":
+        state.setdefault("mask_token", model.mask_token.data)   # files for generation lack it
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {name} {config}: {' '.join(str(error).split())[:300]}")
+    model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model", a checkpoint again
+    return model.eval()
+
+# ---- Pictures ----
+
+def to_uint8(x):
+    """Images (B, 3, H, W), about [-1, 1] -> NumPy uint8 (B, H, W, 3): floor(clamp(127.5 x + 128))."""
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+def save_grid(path, rows, labels):
+    """A PNG with a labelled row for each entry of rows, uint8 (N, H, W, 3) and all of one shape."""
+    scale = max(1, 64 // rows[0].shape[1])   # small images are enlarged, pixels stay sharp
+    rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
+    rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    R, N, H, W, _ = rows.shape
+    font = ImageFont.load_default(14)
+    margin = 12 + int(max(font.getlength(label) for label in labels))
+    canvas = Image.new("RGB", (margin + N * W, R * H), "white")
+    canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)), (margin, 0))
+    for r, label in enumerate(labels):
+        ImageDraw.Draw(canvas).text((margin - 6, r * H + H // 2), label, "black", font, anchor="rm")
+    canvas.save(path)

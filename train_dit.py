@@ -1,0 +1,292 @@
+"""Train a DiT on the latents of a frozen autoencoder (supplement, section B.2).
+
+    python train_dit.py                                          the demo: digits, on the latents of the demo's VMAE
+    python train_dit.py --data DIR --ae out/vmae/ckpt.pt         own images, the paper's settings
+    torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae out/vmae/ckpt.pt --cache latents
+    python train_dit.py --data DIR --resume                      go on from the last checkpoint
+
+Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png into --out.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import ae
+import dit
+from train_ae import (Batches, Images, center_crop, describe, generator, gflops, introduce, load_batches, log,
+                      or_exit, parse_args, rewind_log, save, settings, setup, training_keys)
+
+# As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
+FLAGS = {
+    "run": [
+        ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
+        ("ae", str, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
+        ("cache", str, None, None, "folder for the moments of all images and their flips; none: encode on the fly"),
+        ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
+        ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
+        ("seed", int, 0, 0, "of everything random"),
+        ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
+        ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
+        ("compile", int, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
+        ("workers", int, 0, 8, "processes a rank that decode images or read the cache"),
+        ("log_every", int, 50, 50, "steps between log lines"),
+        ("ckpt_every", int, 500, 5000, "steps between checkpoints and pictures"),
+    ],
+    "model": [
+        ("model", tuple(dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
+        ("image_size", int, 32, 256, "pixels a side, S"),
+        ("qk_norm", int, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
+        ("class_dropout", float, 0.1, 0.1, "share of labels dropped for guidance, none with a single class, R"),
+        ("cosine_loss", bool, False, False, "add 1 - cos(velocity, target) over the channels, LightningDiT's"),
+    ],
+    "optimisation": [
+        ("steps", int, 2500, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
+        ("batch", int, 128, 1024, "images an optimiser step, over all processes, S"),
+        ("micro_batch", int, 128, 32, "images a GPU at once, the rest is gradient accumulation; a smaller one may be "
+         "taken so that it divides, O"),
+        ("lr", float, 1e-3, 2e-4, "constant, S"),
+        ("betas", "floats", "0.9,0.95", "0.9,0.95", "AdamW, R"),
+        ("ema", float, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
+    ],
+    "sampling, for samples.png and as defaults of sample.py": [
+        ("sample_steps", int, 100, 250, "Euler steps, S"),
+        ("cfg_scale", float, 2.0, 10.0, "guidance; 1, none, with a single class, R"),
+        ("cfg_channels", int, 16, 3, "latent channels that are guided, the first ones, R"),
+        ("cfg_start", float, 0.1, 0.1, "time from which on they are, R"),
+        ("shift", float, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),
+    ],
+}
+
+class Cache:
+    """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
+
+    Shards of 1,024 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] of the flips, and labels-00000.npy (n,).
+    """
+    shard = 1024
+
+    def __init__(self, folder, images):
+        self.folder, self.images = folder, images
+
+    def path(self, kind, k):
+        return os.path.join(self.folder, f"{kind}-{k:05}.npy")
+
+    @functools.lru_cache(None)
+    def open(self, kind, k):
+        return np.load(self.path(kind, k), mmap_mode="r")
+
+    def __getitem__(self, keys):
+        places = [(index // self.shard, index % self.shard, int(flip)) for index, _, flip in keys]
+        moments = np.stack([self.open("moments", k)[row, flip] for k, row, flip in places])
+        labels = [int(self.open("labels", k)[row]) for k, row, _ in places]
+        return torch.from_numpy(moments), torch.tensor(labels), []
+
+    def fill(self, source, encode, dataset, args, rank, world):
+        """Writes the shards that are missing, every world-th one; refuses a folder that was made from elsewhere."""
+        os.makedirs(self.folder, exist_ok=True)
+        path = os.path.join(self.folder, "source.json")
+        if rank == 0 and not os.path.exists(path):
+            with open(path + ".tmp", "w") as file:
+                json.dump(source, file, indent=1)
+            os.replace(path + ".tmp", path)
+        if world > 1:
+            dist.barrier()
+        with open(path) as file:
+            found = json.load(file)
+        for name, value in source.items():
+            if found.get(name) != value:
+                sys.exit(f"--cache {self.folder} was made with another {name} ({found.get(name)}, now {value}): "
+                         "choose another folder")
+        n = len(self.images)
+        missing = [k for k in range(rank, -(-n // self.shard), world) if not os.path.exists(self.path("moments", k))]
+        rows = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
+        keys = [[(i, 0, False) for i in part] for k in missing for part in np.array_split(rows[k], 16) if len(part)]
+        batches = load_batches(dataset, keys, args)
+        for done, k in enumerate(missing):
+            moments, labels = [], []
+            while sum(map(len, labels)) < len(rows[k]):
+                x, y = next(batches)
+                pair = [encode(x), encode(x.flip(-1))]
+                pair = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in pair], 1)
+                moments.append(pair.half().cpu().numpy())
+                labels.append(y.cpu().numpy())
+            for kind, parts in (("labels", labels), ("moments", moments)):   # moments last: they mark it as done
+                with open(self.path(kind, k) + ".tmp", "wb") as file:
+                    np.save(file, np.concatenate(parts))
+                os.replace(self.path(kind, k) + ".tmp", self.path(kind, k))
+            print(f"cached shard {done + 1} of {len(missing)} (rank {rank})", flush=True)
+        if world > 1:
+            dist.barrier()
+
+def crop_and_flip(size, mirror, image, index, epoch, flip):
+    """The transform of Batches: flipped after the crop, where mirror is True and the key says so."""
+    image = center_crop(image, size)
+    return image.transpose(Image.FLIP_LEFT_RIGHT) if flip and mirror else image
+
+def cache_source(args, images, autoencoder):
+    """What makes a cache valid: the autoencoder's weights, the files, the size."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    listing = "digits" if images.digits else "\n".join(images.files)
+    return {"autoencoder": weights.hexdigest()[:16], "folder": args.data and os.path.realpath(args.data),
+            "files": hashlib.sha256(listing.encode()).hexdigest()[:16], "image_size": args.image_size}
+
+def latent_statistics(dataset, encode, args, n, rank, world):
+    """Mean and unbiased std per channel, (C,) each, of one posterior sample of 10,000 random unflipped images."""
+    picked = np.random.default_rng((args.seed, n)).permutation(n)[:10000]
+    chunks = [picked[i:i + 100] for i in range(0, len(picked), 100)]
+    keys = [[(int(i), 0, False) for i in chunk] for chunk in chunks[rank::world]]
+    total = torch.zeros(3, args.latent_shape[0], dtype=torch.float64, device=args.device)
+    for k, (x, _) in enumerate(load_batches(dataset, keys, args)):
+        posterior = encode(x)
+        noise = torch.randn(posterior.mean.shape, device=x.device,
+                            generator=generator(args.device, args.seed, rank + k * world, 2))
+        z = posterior.sample(noise).double().transpose(0, 1).flatten(1)   # (C, B * h * w)
+        total += torch.stack([z.sum(1), z.square().sum(1), torch.full_like(z[:, 0], z.shape[1])])
+    if world > 1:
+        dist.all_reduce(total)
+    mean = total[0] / total[2]
+    variance = (total[1] - total[2] * mean.square()) / (total[2] - 1)
+    return mean.float(), variance.sqrt().float()
+
+@torch.no_grad()
+def draw_samples(ema, autoencoder, latent_mean, latent_std, args, class_names):
+    """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
+    rows = min(10, ema.num_classes)
+    classes = np.arange(rows) * ema.num_classes // rows
+    y = torch.tensor(classes, device=args.device).repeat_interleave(8)
+    noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed)).to(args.device)
+    z = dit.sample(ema, noise, y, args.sample_steps, args.cfg_scale, args.cfg_channels, args.cfg_start, args.shift)
+    images = ae.to_uint8(autoencoder.decode(z * latent_std + latent_mean))
+    ae.save_grid(os.path.join(args.out, "samples.png"), images.reshape(rows, 8, *images.shape[1:]),
+                 [class_names[c] for c in classes])
+
+def main():
+    args, ckpt = parse_args(__doc__, FLAGS)
+    rank, world = setup(args)
+    images = Images(args.data)
+    n, num_classes = len(images), len(images.classes)
+    if args.steps is None:
+        args.steps = 60000 if num_classes == 1 else 100000
+    if num_classes == 1 or args.class_dropout == 0:   # no null class, no guidance
+        if "cfg_scale" in args.given and args.cfg_scale > 1:
+            sys.exit("--cfg_scale above 1 needs several classes and --class_dropout above 0")
+        args.cfg_scale = 1.0
+    if ckpt and (ckpt["images"], ckpt["class_names"]) != (n, images.classes):
+        sys.exit(f"--resume: the run had {ckpt['images']} images of {len(ckpt['class_names'])} classes, --data holds "
+                 f"{n} of {num_classes}, or other classes")
+    if ckpt and ckpt["step"] >= args.steps:
+        print(f"{args.out} is finished, at step {ckpt['step']}")
+        return
+
+    autoencoder = or_exit(ae.from_checkpoint, ckpt["ae"]) if ckpt else or_exit(ae.load, args.ae)
+    autoencoder = autoencoder.to(args.device).requires_grad_(False)
+    autocast = functools.partial(torch.autocast, args.device.split(":")[0], torch.bfloat16,
+                                 enabled=args.dtype == "bfloat16")
+
+    @torch.no_grad()
+    def encode(x):
+        with autocast():
+            return autoencoder.encode(x)
+
+    probe = or_exit(encode, torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
+    args.latent_shape = list(probe.mean.shape[1:])
+    dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
+    if args.cache:
+        cache = Cache(args.cache, images)
+        cache.fill(cache_source(args, images, autoencoder), encode, dataset, args, rank, world)
+        dataset = cache
+
+        def encode(x):   # what is read are moments
+            return ae.Posterior(x, autoencoder.deterministic)
+    if ckpt:
+        latent_mean, latent_std = ckpt["latent_mean"].to(args.device), ckpt["latent_std"].to(args.device)
+    else:
+        latent_mean, latent_std = latent_statistics(dataset, encode, args, n, rank, world)
+    latent_mean, latent_std = latent_mean.view(-1, 1, 1), latent_std.view(-1, 1, 1)
+
+    torch.manual_seed(args.seed)   # weights start the same on every rank
+    config = {"input_size": args.latent_shape[1], "in_channels": args.latent_shape[0], "num_classes": num_classes,
+              "qk_norm": bool(args.qk_norm), "class_dropout_prob": args.class_dropout}
+    net = dit.DiT_models[args.model](**config).to(args.device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], args.lr, args.betas,
+                                  weight_decay=0, fused=True)
+    start = 0
+    if ckpt:
+        start = ckpt["step"]
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    if args.compile:
+        net.compile()
+    model = DistributedDataParallel(net) if world > 1 else net
+    share = args.batch // world
+    accumulate = share // args.micro_batch   # micro-batches a step
+    if rank == 0:
+        introduce(args, images, world)
+        describe(args.model, net, gflops(net, ((1, *args.latent_shape), torch.float32), ((1,), torch.float32),
+                                         ((1,), torch.int64)))
+        rewind_log(args, start)
+
+    batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
+    clock, clock_step = time.time(), start
+    for step in range(start, args.steps):
+        # the global batch's random numbers, of which each micro-batch takes its rows
+        draw = generator(args.device, args.seed, step)
+        shape = (args.batch, *args.latent_shape)
+        posterior_noise = torch.randn(shape, generator=draw, device=args.device)
+        noise = torch.randn(shape, generator=draw, device=args.device)
+        t = torch.randn(args.batch, generator=draw, device=args.device).sigmoid()
+        dropped = torch.rand(args.batch, generator=draw, device=args.device) < net.class_dropout_prob
+        total = 0
+        for row in range(rank * share, (rank + 1) * share, args.micro_batch):
+            rows = slice(row, row + args.micro_batch)
+            x, y = next(batches)
+            x1 = (encode(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
+            y = torch.where(dropped[rows], num_classes, y)   # the null class
+            if rank == 0 and step == start and row == 0:
+                print(f"normalised latents of the first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
+            model.require_backward_grad_sync = row + args.micro_batch == (rank + 1) * share   # once a step
+            with autocast():
+                loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
+            (loss / accumulate).backward()
+            total = total + loss.detach() / accumulate
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+        step += 1   # from here on the number of steps done
+        if step == 1 or step % args.log_every == 0 or step == args.steps:
+            if world > 1:
+                dist.all_reduce(total)
+            value = total.item() / world   # the first wait for the device since the last line
+            if rank == 0:
+                log(args, step, {"loss": value, "lr": args.lr}, (step - clock_step) * args.batch / (time.time() - clock))
+            clock, clock_step = time.time(), step
+        if rank == 0 and (step % args.ckpt_every == 0 or step == args.steps):
+            draw_samples(ema, autoencoder, latent_mean, latent_std, args, images.classes)
+            save(os.path.join(args.out, "ckpt.pt"), {
+                "kind": "dit", "dit_config": {"name": args.model, **config}, "model": net.state_dict(),
+                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "images": n,
+                "class_names": images.classes, "latent_mean": latent_mean.flatten(), "latent_std": latent_std.flatten(),
+                "ae": {**autoencoder.recipe, "model": autoencoder.state_dict()}, "args": settings(args)})
+    if rank == 0:
+        print(f"wrote {args.out}/ckpt.pt and {args.out}/samples.png")
+    if world > 1:
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
