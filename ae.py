@@ -21,6 +21,7 @@ import argparse
 import math
 import os
 import pickle
+import struct
 import urllib.error
 import warnings
 
@@ -29,6 +30,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+
+# what torch.load raises on files that it did not write, or that lost a part
+NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
 
 class Posterior:
     """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
@@ -442,7 +446,7 @@ def lpips_vgg():
         vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except urllib.error.URLError as error:
         raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error.reason}): {advice}")
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+    except NO_CHECKPOINT:
         raise ValueError(f"{os.path.join(folder, os.path.basename(url))} is damaged: {advice}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # lpips calls torchvision the old way; by itself it would unpickle freely
@@ -458,7 +462,7 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+    except NO_CHECKPOINT:
         raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")

@@ -13,10 +13,14 @@ import functools
 import math
 import os
 import pickle
+import struct
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+# what torch.load raises on files that it did not write, or that lost a part
+NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
 
 class RMSNorm(nn.Module):
     """x / rms(x) over the last dimension, times a learned weight; in float32 whatever the autocast."""
@@ -224,7 +228,7 @@ def load(path):
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+    except NO_CHECKPOINT:
         raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
     weights = info.pop("ema", None) or info.get("model") if isinstance(info, dict) else None
     if not isinstance(weights, dict) or not any(key.endswith("x_embedder.proj.weight") for key in weights):

@@ -266,7 +266,8 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
         step += 1   # from here on the number of steps done
         if step == 1 or step % args.log_every == 0 or step == args.steps:

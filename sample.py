@@ -1,0 +1,190 @@
+"""Draw pictures from a trained DiT (supplement, section B.2 and figures I, II).
+
+    python sample.py                                             the demo's digits, a row a class
+    python sample.py --ckpt out/dit/ckpt.pt --labels 130,88      a grid of two classes
+    torchrun --nproc_per_node=8 sample.py --ckpt out/dit/ckpt.pt --num 50000     samples.npz for fid.py
+    python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt     weights of others
+
+Sample i depends on --seed and i alone, not on the number of processes or the batch.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import ae
+import dit
+
+PAPER = {"sample_steps": 250, "cfg_scale": 10.0, "cfg_channels": 3, "cfg_start": 0.1, "shift": 0.3}
+SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]   # the ImageNet classes that the authors' release shows
+PART = 256   # samples in a file of an unfinished samples.npz
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"sample.py: {message}")
+    add = parser.add_argument_group("what").add_argument
+    add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: the demo's)")
+    add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
+    add("--labels", help="classes, such as 130,88 (default of a grid: 10 classes, of 1,000 the release's 8; of "
+        "--num: all, uniformly)")
+    add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
+    add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
+    add("--out", help="folder to write into (default: the checkpoint's)")
+    add = parser.add_argument_group("how (defaults: what the checkpoint was trained with, else the paper's)").add_argument
+    add("--steps", type=int, help="Euler steps (demo: 100, paper: 250)")
+    add("--cfg_scale", type=float, help="guidance, 1 is none (demo: 2, paper: 10, 1 with a single class)")
+    add("--cfg_channels", type=int, help="latent channels that are guided, the first ones (demo: 16, paper: 3)")
+    add("--cfg_start", type=float, help="time from which on they are (demo and paper: 0.1)")
+    add("--shift", type=float, help="of the time grid, below 1 towards the noise (demo and paper: 0.3)")
+    add("--batch", type=int, default=64, help="pictures a process draws at once (default: 64)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
+    add("--ae", help="checkpoint of the autoencoder")
+    add("--stats", help="PyTorch file with the latents' mean and std per channel, a dict with these keys")
+    return parser.parse_args()
+
+def or_exit(function, *args):
+    """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
+    try:
+        return function(*args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"sample.py: {error}")
+
+def load(args):
+    """DiT, autoencoder, latent mean and std (C, 1, 1), on the device; class names, sampling settings."""
+    model, info = or_exit(dit.load, args.ckpt)
+    if "ae" in info and args.ae is None:
+        autoencoder = or_exit(ae.from_checkpoint, info["ae"], args.ckpt)
+    elif args.ae is None:
+        sys.exit(f"{args.ckpt} carries no autoencoder: name it with --ae")
+    else:
+        autoencoder = or_exit(ae.load, args.ae)
+    stats = info if args.stats is None else or_exit(ae.read_checkpoint, args.stats)
+    prefix = "latent_" if args.stats is None else ""
+    if prefix + "mean" not in stats or prefix + "std" not in stats:
+        sys.exit(f"{args.stats or args.ckpt} carries no latent mean and std: name a file that does with --stats")
+    mean, std = (stats[prefix + name].float().view(-1, 1, 1).to(args.device) for name in ("mean", "std"))
+    names = info.get("class_names", [""] * model.num_classes)
+    defaults = info["args"] if info.get("kind") == "dit" else PAPER
+    if model.class_dropout_prob == 0:
+        defaults = {**defaults, "cfg_scale": 1.0}
+    given = {"sample_steps": args.steps, "cfg_scale": args.cfg_scale, "cfg_channels": args.cfg_channels,
+             "cfg_start": args.cfg_start, "shift": args.shift}
+    settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+    if settings["sample_steps"] < 1:
+        sys.exit("--steps is at least 1")
+    return model.to(args.device), autoencoder.to(args.device), mean, std, names, settings
+
+@torch.no_grad()
+def draw(loaded, args, indices, labels):
+    """Samples by index -> uint8 (N, H, W, 3) and their classes (N,). labels: a class each, or None to draw them."""
+    model, autoencoder, mean, std, _, settings = loaded
+    channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
+    rngs = [np.random.default_rng((args.seed, index)) for index in indices]
+    drawn = [args.labels[rng.integers(len(args.labels))] for rng in rngs]
+    y = torch.tensor(drawn if labels is None else labels, device=args.device)
+    noise = np.stack([rng.standard_normal((channels, size, size), dtype=np.float32) for rng in rngs])
+    z = dit.sample(model, torch.from_numpy(noise).to(args.device), y, *settings.values())
+    return ae.to_uint8(autoencoder.decode(z * std + mean)), y.cpu().numpy()
+
+def draw_grid(loaded, args):
+    """samples.png: a row a class, or eight rows of the only class."""
+    names = loaded[4]
+    classes = args.labels if len(names) > 1 else [0] * 8
+    labels = [c for c in classes for _ in range(args.columns)]
+    images = []
+    for i in tqdm(range(0, len(labels), args.batch), "drawing", disable=len(labels) <= args.batch):
+        images.append(draw(loaded, args, range(i, min(i + args.batch, len(labels))), labels[i:i + args.batch])[0])
+    images = np.concatenate(images)
+    path = os.path.join(args.out, "samples.png")
+    titles = ["" if len(names) == 1 else str(c) if names[c] in ("", str(c)) else f"{c} {names[c]}" for c in classes]
+    ae.save_grid(path, images.reshape(len(classes), args.columns, *images.shape[1:]), titles)
+    print(f"wrote {path}")
+
+def draw_npz(loaded, args, rank, world):
+    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), where there are several.
+
+    Parts go to files of their own, so that an interrupted run goes on, and are put together at the end.
+    """
+    path, parts = os.path.join(args.out, "samples.npz"), os.path.join(args.out, "samples.parts")
+    wanted = {"ckpt": os.path.realpath(args.ckpt), "modified": os.path.getmtime(args.ckpt), "num": args.num,
+              "seed": args.seed, "labels": args.labels, **loaded[5]}
+    record = os.path.join(parts, "settings.json")
+    if rank == 0 and not os.path.exists(record):
+        os.makedirs(parts, exist_ok=True)
+        with open(record, "w") as file:
+            json.dump(wanted, file)
+    if world > 1:
+        dist.barrier()
+    if json.load(open(record)) != wanted:
+        sys.exit(f"{parts} holds part of a run with other settings: finish that one, or remove the folder")
+    files = [os.path.join(parts, f"{k:06}.npz") for k in range(-(-args.num // PART))]
+    mine = [k for k in range(rank, len(files), world) if not os.path.exists(files[k])]
+    bar = tqdm(total=len(mine) * PART, desc="drawing", unit=" samples", disable=rank > 0)
+    for k in mine:
+        images, labels = [], []
+        for i in range(k * PART, min(args.num, (k + 1) * PART), args.batch):
+            drawn = draw(loaded, args, range(i, min(i + args.batch, args.num, (k + 1) * PART)), None)
+            images.append(drawn[0])
+            labels.append(drawn[1])
+            bar.update(len(drawn[0]))
+        np.savez(files[k] + ".tmp.npz", images=np.concatenate(images), labels=np.concatenate(labels))
+        os.replace(files[k] + ".tmp.npz", files[k])
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
+        shape = (args.num, *np.load(files[0])["images"].shape[1:])
+        with zipfile.ZipFile(path + ".tmp", "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+                np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for file in files:
+                    out.write(np.load(file)["images"].tobytes())
+            if len(loaded[4]) > 1:
+                with archive.open("arr_1.npy", "w") as out:
+                    np.save(out, np.concatenate([np.load(file)["labels"] for file in files]))
+        os.replace(path + ".tmp", path)
+        shutil.rmtree(parts)
+        print(f"wrote {path}: {args.num} samples")
+
+def main():
+    args = parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device is None:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high" if args.device.startswith("cuda") else "highest")   # TF32
+    args.out = args.out or os.path.dirname(args.ckpt) or "."
+    loaded = load(args)
+    classes = len(loaded[4])
+    try:
+        args.labels = [int(label) for label in args.labels.split(",")] if args.labels else None
+    except ValueError:
+        sys.exit("--labels takes class numbers, such as 130,88")
+    if args.labels and not all(0 <= label < classes for label in args.labels):
+        sys.exit(f"--labels: this model has classes 0 to {classes - 1}")
+    os.makedirs(args.out, exist_ok=True)
+    if args.num is not None:
+        if args.num < 1:
+            sys.exit("--num is at least 1")
+        args.labels = args.labels or list(range(classes))
+        if world > 1:
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        draw_npz(loaded, args, rank, world)
+        if world > 1:
+            dist.destroy_process_group()
+    elif rank == 0:
+        spread = [i * classes // min(classes, 10) for i in range(min(classes, 10))]
+        args.labels = args.labels or (SHOWCASE if classes == 1000 else spread)
+        draw_grid(loaded, args)
+
+if __name__ == "__main__":
+    main()
