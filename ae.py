@@ -9,12 +9,11 @@
 
 forward *is* the objective, so that DDP and torch.compile see all of it. Its random numbers may be handed in:
 noise is standard normal in the shape of the latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the
-visible tokens) or of the image (DAE); ids_shuffle (B, L) permutes each image's patches, the first `keep` stay
-visible; randomness(n, size, generator) draws them. perceptual is a callable (x_hat, x) -> scalar such as LPIPS,
-its term is absent without it.
+visible tokens) or of the image (DAE); ids_shuffle (B, L) permutes each image's patches, the first `keep` are
+visible; randomness(n, size, generator) draws them. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
 
-One scale for all six: reconstruction terms are means over values, KL terms are summed over the latent channels
-and averaged over positions and images. The loss is the sum of `terms` (detached scalars) times model.weights.
+One scale for all six: reconstruction terms are means over values, KL terms are summed over channels and averaged
+over positions and images. The loss is the sum of `terms` (detached scalars) times model.weights.
 """
 
 import argparse
@@ -59,10 +58,12 @@ def kl_unit(logvar, prior_std=1.0, dim=-1):
     logvar = logvar - 2 * math.log(prior_std)
     return 0.5 * (logvar.exp() - 1 - logvar).sum(dim).mean()
 
-def weigh(weights, terms):
-    """What every forward returns first: the weighted sum of the terms, and the terms detached."""
-    loss = sum(weights[name] * term for name, term in terms.items())
-    return loss, {name: term.detach() for name, term in terms.items()}
+def total(model, terms, x, x_hat, perceptual):
+    """What every forward returns: the terms and LPIPS weighted and summed, the terms detached, the images."""
+    if perceptual is not None:
+        terms["lpips"] = perceptual(x_hat, x)
+    loss = sum(model.weights[name] * term for name, term in terms.items())
+    return loss, {name: term.detach() for name, term in terms.items()}, x_hat
 
 # ---- The convolutional backbone: the Stable Diffusion 3 VAE, tensor names of diffusers' AutoencoderKL ----
 
@@ -96,17 +97,24 @@ class SpatialAttention(nn.Module):
         return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
 class Level(nn.Module):
-    """`depth` residual blocks a -> b at one resolution, then half ("down") or twice ("up") the resolution."""
-    def __init__(self, a, b, depth, resample):
+    """`depth` residual blocks a -> b at one resolution, and by its kind: "middle" attention after the first block,
+    "down" half or "up" twice the resolution at the end.
+    """
+    def __init__(self, a, b, depth, kind):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(b if i else a, b) for i in range(depth))
-        if resample == "down":
+        if kind == "middle":
+            self.attentions = nn.ModuleList([SpatialAttention(b)])
+        if kind == "down":
             self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, stride=2)})])
-        if resample == "up":
+        if kind == "up":
             self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, padding=1)})])
 
     def forward(self, x):
-        for block in self.resnets:
+        x = self.resnets[0](x)
+        if hasattr(self, "attentions"):
+            x = self.attentions[0](x)
+        for block in self.resnets[1:]:
             x = block(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))   # right and bottom only
@@ -114,24 +122,15 @@ class Level(nn.Module):
             x = self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
 
-class Middle(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.attentions = nn.ModuleList([SpatialAttention(channels)])
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels), ResnetBlock(channels, channels)])
-
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> moments (B, 2 * latent_dim, H/f, W/f), f = 2^(levels - 1)."""
     def __init__(self, channels, latent_dim):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        resample = ["down"] * (len(channels) - 1) + [None]
-        self.down_blocks = nn.ModuleList(
-            Level(a, b, 2, r) for a, b, r in zip([channels[0], *channels], channels, resample))
-        self.mid_block = Middle(channels[-1])
+        kinds = ["down"] * (len(channels) - 1) + [None]
+        levels = zip([channels[0], *channels], channels, kinds)
+        self.down_blocks = nn.ModuleList(Level(a, b, 2, kind) for a, b, kind in levels)
+        self.mid_block = Level(channels[-1], channels[-1], 2, "middle")
         self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1)
 
@@ -147,10 +146,10 @@ class Decoder(nn.Module):
         super().__init__()
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_dim, channels[0], 3, padding=1)
-        self.mid_block = Middle(channels[0])
-        resample = ["up"] * (len(channels) - 1) + [None]
-        self.up_blocks = nn.ModuleList(
-            Level(a, b, 3, r) for a, b, r in zip([channels[0], *channels], channels, resample))
+        self.mid_block = Level(channels[0], channels[0], 2, "middle")
+        kinds = ["up"] * (len(channels) - 1) + [None]
+        levels = zip([channels[0], *channels], channels, kinds)
+        self.up_blocks = nn.ModuleList(Level(a, b, 3, kind) for a, b, kind in levels)
         self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
@@ -171,6 +170,8 @@ class AE(nn.Module):
 
     def __init__(self, channels=(128, 256, 512, 512), latent_dim=16, recon="mse", weights=()):
         super().__init__()
+        if any(width % 32 for width in channels):
+            raise ValueError(f"channels {channels} are not multiples of 32")
         self.weights = self.weights | dict(weights)
         self.latent_dim = latent_dim
         self.encoder = Encoder(channels, latent_dim)
@@ -192,14 +193,9 @@ class AE(nn.Module):
         """z (B, C, H/f, W/f) -> images (B, 3, H, W)."""
         return self.decoder(z)
 
-    def objective(self, x, x_hat, perceptual, **terms):
-        terms["recon"] = self.recon(x_hat.float(), x)
-        if perceptual is not None:
-            terms["lpips"] = perceptual(x_hat, x)
-        return *weigh(self.weights, terms), x_hat
-
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        return self.objective(x, self.decode(self.encode(x).mode()), perceptual)
+        x_hat = self.decode(self.encode(x).mode())
+        return total(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
 
 class DAE(AE):
     """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
@@ -213,7 +209,7 @@ class DAE(AE):
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         noise = torch.randn_like(x) if noise is None else noise
         x_hat = self.decode(self.encode(x + self.noise_std * noise).mode())
-        return self.objective(x, x_hat, perceptual)
+        return total(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
 
 class VAE(AE):
     """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
@@ -227,11 +223,12 @@ class VAE(AE):
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         posterior = self.encode(x)
         x_hat = self.decode(posterior.sample(noise))
-        return self.objective(x, x_hat, perceptual, kl=kl_normal(posterior.mean, posterior.logvar))
+        terms = {"recon": self.recon(x_hat.float(), x), "kl": kl_normal(posterior.mean, posterior.logvar)}
+        return total(self, terms, x, x_hat, perceptual)
 
 class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6. forward has all but the adversarial term, which needs D: the training loop adds
-    disc_weight * adaptive_weight(...) * generator_loss(D(x_hat)), and trains D with disc_loss.
+    """Stable Diffusion's VAE, eq. 6. forward lacks the adversarial term, which needs D: the training loop
+    adds disc_weight * adaptive_weight(...) * generator_loss(D(x_hat)), and trains D with disc_loss.
     """
     weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
 
@@ -263,8 +260,8 @@ def generator_loss(fake_logits):
     return -fake_logits.mean()
 
 def adaptive_weight(loss, adv, last_layer):
-    """VQGAN's factor, which gives both gradients one norm at the decoder's last weight. loss: reconstruction and
-    LPIPS; a KL in it does no harm, its gradient does not reach the decoder.
+    """VQGAN's factor, which gives both gradients one norm at the decoder's last weight. loss: reconstruction
+    and LPIPS; a KL in it does no harm, its gradient does not reach the decoder.
     """
     grad_loss, = torch.autograd.grad(loss, last_layer, retain_graph=True)
     grad_adv, = torch.autograd.grad(adv, last_layer, retain_graph=True)
@@ -313,8 +310,11 @@ class MAE(nn.Module):
             raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
         self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
         self.keep = int(self.grid ** 2 * (1 - mask_ratio))
-        if self.keep == 0:
-            raise ValueError(f"mask ratio {mask_ratio} leaves none of {self.grid ** 2} patches visible")
+        limit = self.grid ** 2 - (0 if "visible" in self.weights else 1)   # MAE learns from masked patches alone
+        if not 0 < self.keep <= limit:
+            raise ValueError(f"mask ratio {mask_ratio} leaves {self.keep} of {self.grid ** 2} patches")
+        if hidden_size % 4 or hidden_size % num_heads:
+            raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the {num_heads} heads")
         self.latent_dim = latent_dim
 
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, hidden_size, patch_size, patch_size)})
@@ -368,7 +368,7 @@ class MAE(nn.Module):
         return self.decoder_pred["conv_smoother"](images)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/p, W/p), nothing masked; ValueError on other H, W."""
+        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/p, W/p); ValueError on other image sizes."""
         moments = self.encode_tokens(self.embed(x)).transpose(1, 2)
         return Posterior(moments.reshape(len(x), -1, self.grid, self.grid), self.deterministic)
 
@@ -382,9 +382,10 @@ class MAE(nn.Module):
         return {"ids_shuffle": shuffle}
 
     def masked_pass(self, x, noise=None, ids_shuffle=None):
-        """Encodes the visible patches, decodes all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
+        """Encode what is visible, decode all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
         tokens = self.embed(x)
-        ids_shuffle = torch.rand(tokens.shape[:2], device=x.device).argsort(1) if ids_shuffle is None else ids_shuffle
+        if ids_shuffle is None:
+            ids_shuffle = torch.rand(tokens.shape[:2], device=x.device).argsort(1)
         ids_keep = ids_shuffle[:, :self.keep]
         visible = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[-1]))
         posterior = Posterior(self.encode_tokens(visible), self.deterministic, dim=-1)
@@ -392,25 +393,20 @@ class MAE(nn.Module):
         mask = torch.ones(ids_shuffle.shape, device=x.device).scatter(1, ids_keep, 0.0)
         return x_hat, posterior, mask
 
-    def objective(self, x, x_hat, mask, perceptual, **terms):
-        error = F.avg_pool2d((x_hat.float() - x).square().mean(1), self.patch_size).flatten(1)   # (B, L)
-        if "visible" in self.weights:
-            terms["visible"] = (error * (1 - mask)).sum() / (1 - mask).sum()
-        if self.keep < self.grid ** 2:   # else the mean over no patches is 0/0: the term is absent
-            terms["masked"] = (error * mask).sum() / mask.sum()
-        if perceptual is not None:
-            terms["lpips"] = perceptual(x_hat, x)
-        return *weigh(self.weights, terms), x_hat
+    def patch_error(self, x, x_hat, patches):
+        """Mean squared error over the patches (B, L) that are marked with 1."""
+        error = F.avg_pool2d((x_hat.float() - x).square().mean(1), self.patch_size).flatten(1)
+        return (error * patches).sum() / patches.sum()
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat, _, mask = self.masked_pass(x, noise, ids_shuffle)
-        return self.objective(x, x_hat, mask, perceptual)
+        return total(self, {"masked": self.patch_error(x, x_hat, mask)}, x, x_hat, perceptual)
 
 class VMAE(MAE):
     """Variational masked autoencoder, the paper's own (main paper, section 4):
 
     L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. A latent is drawn for each
-    visible token; the KL draws its variance alone to prior_std^2. The weights are the release's, which multiply
+    visible token; the KL draws its variance alone to prior_std^2. The weights are the release's and multiply
     whole terms: relative to the visible one lambda_M = lambda_P = 1, lambda_reg = 2e-6.
     """
     deterministic = False
@@ -426,7 +422,10 @@ class VMAE(MAE):
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
-        return self.objective(x, x_hat, mask, perceptual, kl=kl_unit(posterior.logvar, self.prior_std))
+        terms = {"visible": self.patch_error(x, x_hat, 1 - mask), "kl": kl_unit(posterior.logvar, self.prior_std)}
+        if self.keep < self.grid ** 2:   # else a mean over no patches, 0/0: the term is absent
+            terms["masked"] = self.patch_error(x, x_hat, mask)
+        return total(self, terms, x, x_hat, perceptual)
 
 MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": VMAE}
 
@@ -435,7 +434,7 @@ MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": 
 def lpips_vgg():
     """The lpips package's metric on VGG16, v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1), images in [-1, 1].
 
-    VGG16 is downloaded to torch's hub cache on first use; FileNotFoundError if it cannot be, ValueError if bad.
+    VGG16 is downloaded to torch's hub cache on first use. FileNotFoundError if it cannot be, ValueError if bad.
     """
     import lpips
     from torchvision.models import VGG16_Weights
@@ -449,8 +448,8 @@ def lpips_vgg():
     except NO_CHECKPOINT:
         raise ValueError(f"{os.path.join(folder, os.path.basename(url))} is damaged: {advice}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # lpips calls torchvision the old way; by itself it would unpickle freely
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        warnings.simplefilter("ignore")   # lpips calls torchvision the old way, and would unpickle freely:
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)   # pnet_rand leaves VGG16 to us
     for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
         parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
     return net.eval().requires_grad_(False)
@@ -469,8 +468,8 @@ def read_checkpoint(path):
     return ckpt
 
 def load(path):
-    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or the state
-    dict of diffusers' AutoencoderKL. Raises FileNotFoundError or ValueError, a sentence that says what is wrong.
+    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or the
+    state dict of diffusers' AutoencoderKL. FileNotFoundError, ValueError: a sentence that says what is wrong.
     """
     return from_checkpoint(read_checkpoint(path), path)
 
@@ -503,7 +502,7 @@ def from_checkpoint(ckpt, path="checkpoint"):
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {name} {config}: {' '.join(str(error).split())[:300]}")
-    model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model", a checkpoint again
+    model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model" a checkpoint
     return model.eval()
 
 # ---- Pictures ----

@@ -29,6 +29,12 @@ from torchvision.transforms import RandomResizedCrop
 
 import ae
 
+def count(text):
+    """The type of a flag that is a whole number above 0."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
 # A flag a line: name, type, default without --data (the demo), default with --data (the paper), help. A dict has
 # defaults by model, "*" for the others. Sources: S supplement, R the authors' release, V VQGAN / latent diffusion,
 # O our choice.
@@ -42,19 +48,19 @@ FLAGS = {
         ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
         ("compile", int, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
         ("workers", int, 0, 8, "processes a rank that decode images"),
-        ("log_every", int, 50, 50, "steps between log lines"),
-        ("ckpt_every", int, 200, 1000, "steps between checkpoints and pictures"),
+        ("log_every", count, 50, 50, "steps between log lines"),
+        ("ckpt_every", count, 200, 1000, "steps between checkpoints and pictures"),
     ],
     "model": [
         ("model", tuple(ae.MODELS), "vmae", "vmae", "which autoencoder"),
-        ("image_size", int, 32, {"*": 256, "mae": 128, "vmae": 128}, "pixels a side; R for the ViTs, else O"),
-        ("latent_dim", int, 16, 16, "channels of the latent, R"),
-        ("channels", "ints", "32,64,64,64", "128,256,512,512", "conv: width of each level, R (Stable Diffusion 3)"),
-        ("patch_size", int, 8, 8, "ViT: pixels a side of a token, R"),
-        ("hidden_size", int, 96, 192, "ViT: width, S"),
-        ("depth", int, 3, 12, "ViT: encoder layers, S"),
-        ("decoder_depth", int, 3, 12, "ViT: decoder layers, S"),
-        ("num_heads", int, 4, 12, "ViT: heads, R"),
+        ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128}, "pixels a side; R for the ViTs, else O"),
+        ("latent_dim", count, {"*": 16, "mae": 8, "vmae": 8}, 16, "channels of the latent, R"),
+        ("channels", "ints", "32,32,64,64", "128,256,512,512", "conv: width of each level, R (Stable Diffusion 3)"),
+        ("patch_size", count, 8, 8, "ViT: pixels a side of a token, R"),
+        ("hidden_size", count, 96, 192, "ViT: width, S"),
+        ("depth", count, 3, 12, "ViT: encoder layers, S"),
+        ("decoder_depth", count, 3, 12, "ViT: decoder layers, S"),
+        ("num_heads", count, 4, 12, "ViT: heads, R"),
     ],
     "objective (weights of the terms; a flag that the model has no use for is refused)": [
         ("mask_ratio", float, {"*": 0.6}, 0.6, "ViT: share of tokens hidden from the encoder, S (mae O)"),
@@ -67,18 +73,18 @@ FLAGS = {
         ("prior_std", float, 1.0, 1.0, "vmae: std that the KL draws to, paper 1, R's script 1e-3"),
         ("lpips", float, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5}, "LPIPS: sdvae V, vmae R; the demo does without"),
         ("disc_weight", float, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
-        ("disc_start", int, 301, 5001, "sdvae: first step with the adversarial term, V"),
+        ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
         ("disc_loss", ("hinge", "vanilla"), "hinge", "hinge", "sdvae: V, or eq. 6's"),
     ],
     "optimisation": [
-        ("epochs", float, {"*": 8, "mae": 20, "vmae": 20}, {"*": 20, "mae": 400, "vmae": 400}, "ViT R, conv O"),
-        ("steps", int, None, None, "optimiser steps; default: from --epochs"),
+        ("epochs", float, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400}, "ViT R, conv O"),
+        ("steps", count, None, None, "optimiser steps; default: from --epochs"),
         ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10}, "epochs of linear warm-up from 0; ViT R, conv O"),
         ("schedule", ("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "ViT R, conv O"),
-        ("batch", int, 64, {"*": 2048, "sdvae": 256}, "images an optimiser step, over all processes, S"),
-        ("micro_batch", int, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128},
+        ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256}, "images an optimiser step, over all processes, S"),
+        ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128},
          "images a GPU at once, the rest is gradient accumulation; a smaller one may be taken so that it divides"),
-        ("base_lr", float, {"*": 4e-3}, {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4}, "S"),
+        ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3}, {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4}, "S"),
         ("lr", float, None, None, "default: base_lr * batch / 256"),
         ("betas", "floats", "0.9,0.95", {"*": "0.9,0.95", "sdvae": "0.5,0.9"}, "AdamW; sdvae V, ViT R, else O"),
         ("weight_decay", float, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; ViT R, sdvae V, else O"),
@@ -101,8 +107,8 @@ def or_exit(function, *args, **kwargs):
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
-def parse_args(doc, flags, argv=None):
-    """(args, checkpoint to resume or None); a flag not given is the resumed run's, else the default of the table."""
+def parse_args(doc, flags, kind_of_ckpt):
+    """(args, checkpoint to resume or None); a flag not given is the resumed run's, else the table's default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
@@ -118,7 +124,7 @@ def parse_args(doc, flags, argv=None):
             if demo is not None or paper is not None:
                 text += f" (demo: {demo}; paper: {paper})"
             group.add_argument(f"--{name}", type=kinds.get(kind, str if choices else kind), choices=choices, help=text)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args())
 
     args = {}
     for name, kind, demo, paper, _ in (row for rows in flags.values() for row in rows):
@@ -131,6 +137,8 @@ def parse_args(doc, flags, argv=None):
     path, ckpt = os.path.join(args["out"], "ckpt.pt"), None
     if args["resume"]:
         ckpt = or_exit(ae.read_checkpoint, path)
+        if ckpt.get("kind") != kind_of_ckpt:
+            sys.exit(f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind_of_ckpt}: check --out")
         saved = ckpt["args"]
         for name in sorted(given.keys() & saved.keys() - FREE_ON_RESUME):
             if given[name] != saved[name]:
@@ -147,6 +155,8 @@ def setup(args):
     if args.device is None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     cuda = args.device.startswith("cuda")
+    if args.device != "cpu" and not (cuda and torch.cuda.is_available()):
+        sys.exit(f"--device {args.device} is not there: cpu, or cuda where PyTorch finds a GPU")
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.compile = cuda if args.compile is None else bool(args.compile)
     if cuda:
@@ -364,7 +374,7 @@ def draw_reconstructions(net, x, args):
     ae.save_grid(os.path.join(args.out, "recon.png"), [ae.to_uint8(row) for row in rows.values()], list(rows))
 
 def main():
-    args, ckpt = parse_args(__doc__, FLAGS)
+    args, ckpt = parse_args(__doc__, FLAGS, "autoencoder")
     rank, world = setup(args)
     images = Images(args.data)
     n = len(images)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
-from train_ae import (Batches, Images, center_crop, describe, generator, gflops, introduce, load_batches, log,
+from train_ae import (Batches, Images, center_crop, count, describe, generator, gflops, introduce, load_batches, log,
                       or_exit, parse_args, rewind_log, save, settings, setup, training_keys)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
@@ -40,28 +40,28 @@ FLAGS = {
         ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
         ("compile", int, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
         ("workers", int, 0, 8, "processes a rank that decode images or read the cache"),
-        ("log_every", int, 50, 50, "steps between log lines"),
-        ("ckpt_every", int, 500, 5000, "steps between checkpoints and pictures"),
+        ("log_every", count, 50, 50, "steps between log lines"),
+        ("ckpt_every", count, 1000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [
         ("model", tuple(dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
-        ("image_size", int, 32, 256, "pixels a side, S"),
+        ("image_size", count, 32, 256, "pixels a side, S"),
         ("qk_norm", int, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
         ("class_dropout", float, 0.1, 0.1, "share of labels dropped for guidance, none with a single class, R"),
         ("cosine_loss", bool, False, False, "add 1 - cos(velocity, target) over the channels, LightningDiT's"),
     ],
     "optimisation": [
-        ("steps", int, 2500, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
-        ("batch", int, 128, 1024, "images an optimiser step, over all processes, S"),
-        ("micro_batch", int, 128, 32, "images a GPU at once, the rest is gradient accumulation; a smaller one may be "
+        ("steps", count, 3000, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
+        ("batch", count, 64, 1024, "images an optimiser step, over all processes, S"),
+        ("micro_batch", count, 64, 32, "images a GPU at once, the rest is gradient accumulation; a smaller one may be "
          "taken so that it divides, O"),
-        ("lr", float, 1e-3, 2e-4, "constant, S"),
+        ("lr", float, 2e-3, 2e-4, "constant, S"),
         ("betas", "floats", "0.9,0.95", "0.9,0.95", "AdamW, R"),
         ("ema", float, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
     ],
     "sampling, for samples.png and as defaults of sample.py": [
-        ("sample_steps", int, 100, 250, "Euler steps, S"),
-        ("cfg_scale", float, 2.0, 10.0, "guidance; 1, none, with a single class, R"),
+        ("sample_steps", count, 100, 250, "Euler steps, S"),
+        ("cfg_scale", float, 1.3, 10.0, "guidance; 1, none, with a single class, R"),
         ("cfg_channels", int, 16, 3, "latent channels that are guided, the first ones, R"),
         ("cfg_start", float, 0.1, 0.1, "time from which on they are, R"),
         ("shift", float, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),
@@ -173,7 +173,7 @@ def draw_samples(ema, autoencoder, latent_mean, latent_std, args, class_names):
                  [class_names[c] for c in classes])
 
 def main():
-    args, ckpt = parse_args(__doc__, FLAGS)
+    args, ckpt = parse_args(__doc__, FLAGS, "dit")
     rank, world = setup(args)
     images = Images(args.data)
     n, num_classes = len(images), len(images.classes)

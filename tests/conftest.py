@@ -71,7 +71,7 @@ def fails(module, *flags):
 def torchrun(processes, script, *flags):
     """A script on several gloo processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               str(ROOT / script), *map(str, flags)]
+               "--", str(ROOT / script), *map(str, flags)]   # --: else torchrun takes --num for one of its own
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
