@@ -35,9 +35,15 @@ def count(text):
         raise ValueError
     return int(text)
 
-# A flag a line: name, type, default without --data (the demo), default with --data (the paper), help. A dict has
-# defaults by model, "*" for the others. Sources: S supplement, R the authors' release, V VQGAN / latent diffusion,
-# O our choice.
+def ints(text):
+    return [int(part) for part in text.split(",")]
+
+def floats(text):
+    return [float(part) for part in text.split(",")]
+
+# A flag a line: name, type, default of the demo (without --data), default of the paper (with --data), help. A dict
+# has defaults by model, "*" for the others. Sources: S supplement, R authors' release, V VQGAN and latent
+# diffusion, O our choice.
 FLAGS = {
     "run": [
         ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
@@ -53,51 +59,53 @@ FLAGS = {
     ],
     "model": [
         ("model", tuple(ae.MODELS), "vmae", "vmae", "which autoencoder"),
-        ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128}, "pixels a side; R for the ViTs, else O"),
+        ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128}, "pixels a side; ViT R, conv O"),
         ("latent_dim", count, {"*": 16, "mae": 8, "vmae": 8}, 16, "channels of the latent, R"),
-        ("channels", "ints", "32,32,64,64", "128,256,512,512", "conv: width of each level, R (Stable Diffusion 3)"),
+        ("channels", ints, [32, 32, 64, 64], [128, 256, 512, 512], "conv: width of each level, R"),
         ("patch_size", count, 8, 8, "ViT: pixels a side of a token, R"),
         ("hidden_size", count, 96, 192, "ViT: width, S"),
         ("depth", count, 3, 12, "ViT: encoder layers, S"),
         ("decoder_depth", count, 3, 12, "ViT: decoder layers, S"),
         ("num_heads", count, 4, 12, "ViT: heads, R"),
     ],
-    "objective (weights of the terms; a flag that the model has no use for is refused)": [
-        ("mask_ratio", float, {"*": 0.6}, 0.6, "ViT: share of tokens hidden from the encoder, S (mae O)"),
-        ("recon", ("mse", "l1"), "mse", "mse", "conv: reconstruction term, eq. 3 or V"),
+    "objective (visible, masked, kl, lpips, disc_weight are weights of terms)": [
+        ("mask_ratio", float, 0.6, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
+        ("recon", ("mse", "l1"), "mse", "mse", "conv: reconstruction, eq. 3's or V's"),
         ("noise_std", float, 0.1, 0.1, "dae: std of the corruption, O"),
         ("visible", float, 0.5, 0.5, "vmae: MSE of visible patches, R"),
         ("masked", float, {"*": 0.5, "mae": 1.0}, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
-        ("kl", float, {"vmae": 1e-6, "vae": 1e-4, "*": 5e-9}, {"vmae": 1e-6, "vae": 1e-4, "*": 5e-9},
-         "KL: vmae R, vae O, sdvae V rescaled"),
-        ("prior_std", float, 1.0, 1.0, "vmae: std that the KL draws to, paper 1, R's script 1e-3"),
-        ("lpips", float, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5}, "LPIPS: sdvae V, vmae R; the demo does without"),
+        ("kl", float, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6},
+         "KL: sdvae V rescaled, vae O, vmae R"),
+        ("prior_std", float, 1.0, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
+        ("lpips", float, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5}, "LPIPS: sdvae V, vmae R; the demo has none"),
         ("disc_weight", float, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
         ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
-        ("disc_loss", ("hinge", "vanilla"), "hinge", "hinge", "sdvae: V, or eq. 6's"),
+        ("disc_loss", ("hinge", "vanilla"), "hinge", "hinge", "sdvae: V's or eq. 6's"),
     ],
     "optimisation": [
         ("epochs", float, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400}, "ViT R, conv O"),
         ("steps", count, None, None, "optimiser steps; default: from --epochs"),
-        ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10}, "epochs of linear warm-up from 0; ViT R, conv O"),
+        ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10}, "epochs of linear warm-up; ViT R, conv O"),
         ("schedule", ("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "ViT R, conv O"),
-        ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256}, "images an optimiser step, over all processes, S"),
+        ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256},
+         "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128},
-         "images a GPU at once, the rest is gradient accumulation; a smaller one may be taken so that it divides"),
+         "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
         ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3}, {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4}, "S"),
-        ("lr", float, None, None, "default: base_lr * batch / 256"),
-        ("betas", "floats", "0.9,0.95", {"*": "0.9,0.95", "sdvae": "0.5,0.9"}, "AdamW; sdvae V, ViT R, else O"),
-        ("weight_decay", float, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; ViT R, sdvae V, else O"),
+        ("lr", float, None, None, "learning rate; default: base_lr * batch / 256"),
+        ("betas", floats, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; sdvae V, ViT R, else O"),
+        ("weight_decay", float, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
 }
 CONV = ("channels", "latent_dim", "recon")
-VIT = ("image_size", "patch_size", "hidden_size", "depth", "decoder_depth", "num_heads", "latent_dim", "mask_ratio")
+VIT = ("image_size", "patch_size", "hidden_size", "depth", "decoder_depth", "num_heads", "latent_dim",
+       "mask_ratio")
 ARGUMENTS = {"ae": CONV, "dae": (*CONV, "noise_std"), "vae": CONV, "sdvae": CONV, "mae": VIT,
-             "vmae": (*VIT, "prior_std")}   # of ae.MODELS, by the flag's name
+             "vmae": (*VIT, "prior_std")}   # of the classes in ae.MODELS, by the flag's name
 
 # ---- Settings, shared with train_dit.py ----
 
-FREE_ON_RESUME = {"data", "out", "resume", "device", "dtype", "compile", "workers", "steps", "epochs", "micro_batch",
+FREE_ON_RESUME = {"data", "out", "resume", "device", "dtype", "compile", "workers", "steps", "micro_batch",
                   "log_every", "ckpt_every"}   # may differ from the run that is resumed
 
 def or_exit(function, *args, **kwargs):
@@ -107,50 +115,54 @@ def or_exit(function, *args, **kwargs):
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
-def parse_args(doc, flags, kind_of_ckpt):
-    """(args, checkpoint to resume or None); a flag not given is the resumed run's, else the table's default."""
+def parse_args(doc, flags, kind):
+    """(args, checkpoint to resume or None). A flag not given is the resumed run's, else the table's default.
+
+    kind: of the checkpoints that this script resumes.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    kinds = {"ints": lambda text: [int(part) for part in text.split(",")],
-             "floats": lambda text: [float(part) for part in text.split(",")]}
-    for title, rows in flags.items():
-        group = parser.add_argument_group(title)
-        for name, kind, demo, paper, text in rows:
-            if kind is bool:
-                group.add_argument(f"--{name}", action="store_true", help=text)
-                continue
-            choices = kind if isinstance(kind, tuple) else None
-            if demo is not None or paper is not None:
-                text += f" (demo: {demo}; paper: {paper})"
-            group.add_argument(f"--{name}", type=kinds.get(kind, str if choices else kind), choices=choices, help=text)
+    rows = [(title, *row) for title in flags for row in flags[title]]
+    groups = {title: parser.add_argument_group(title) for title in flags}
+    for title, name, type_, demo, paper, text in rows:
+        if type_ is bool:
+            groups[title].add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        if (demo, paper) != (None, None):
+            shown = [", ".join(f"{model} {x}".removeprefix("* ") for model, x in value.items())
+                     if isinstance(value, dict) else value for value in (demo, paper)]
+            text += f" (demo: {shown[0]}; paper: {shown[1]})"
+        choices, type_ = (type_, str) if isinstance(type_, tuple) else (None, type_)
+        groups[title].add_argument(f"--{name}", type=type_, choices=choices, help=text)
     given = vars(parser.parse_args())
 
-    args = {}
-    for name, kind, demo, paper, _ in (row for rows in flags.values() for row in rows):
-        default = paper if "data" in given else demo
-        if isinstance(default, dict):
-            default = default.get(given.get("model", args["model"]), default["*"])
-        args[name] = kinds[kind](default) if kind in kinds else default
-    args["out"] = args["out"].format(model=given.get("model", args["model"]))
+    model = given.get("model", next(demo for _, name, _, demo, _, _ in rows if name == "model"))
+    args = {name: paper if "data" in given else demo for _, name, _, demo, paper, _ in rows}
+    args = {k: v.get(model, v["*"]) if isinstance(v, dict) else v for k, v in args.items()}
+    args["out"] = args["out"].format(model=model)
     args |= given
     path, ckpt = os.path.join(args["out"], "ckpt.pt"), None
     if args["resume"]:
         ckpt = or_exit(ae.read_checkpoint, path)
-        if ckpt.get("kind") != kind_of_ckpt:
-            sys.exit(f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind_of_ckpt}: check --out")
+        if ckpt.get("kind") != kind:
+            sys.exit(f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out")
         saved = ckpt["args"]
         for name in sorted(given.keys() & saved.keys() - FREE_ON_RESUME):
             if given[name] != saved[name]:
-                sys.exit(f"{path} is of a run with --{name} {saved[name]}, not {given[name]}: leave the flag out to "
-                         "resume, or start afresh in another --out")
+                sys.exit(f"{path} is of a run with --{name} {saved[name]}, not {given[name]}: leave the flag "
+                         "out to resume it, or start afresh in another --out")
         args = {**args, **saved, **given}
     elif os.path.exists(path):
         sys.exit(f"{path} exists: go on with --resume, or choose another --out")
-    return argparse.Namespace(**args, given=sorted(given)), ckpt
+    return argparse.Namespace(**args, given=set(given)), ckpt
+
+def settings(args):
+    """What a checkpoint keeps of the flags: plain values by name."""
+    return {name: value for name, value in vars(args).items() if name not in ("given", "resume", "device")}
 
 def setup(args):
-    """Device, precision and process group. Fills in args.device, args.dtype, args.compile; returns rank, world."""
+    """Device, precision, process group, micro-batch: completes args, returns rank and number of processes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device is None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -158,20 +170,36 @@ def setup(args):
     if args.device != "cpu" and not (cuda and torch.cuda.is_available()):
         sys.exit(f"--device {args.device} is not there: cpu, or cuda where PyTorch finds a GPU")
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.compile = cuda if args.compile is None else bool(args.compile)
+    args.compile = int(cuda) if args.compile is None else args.compile
     if cuda:
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")   # TF32 for what stays float32
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
     if args.batch % world:
         sys.exit(f"--batch {args.batch} does not divide over {world} processes")
     share = args.batch // world   # images of one process in a step
     if "micro_batch" in args.given and share % args.micro_batch:
-        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {share} images that a process has in a step")
+        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {share} images of a process in a step")
     args.micro_batch = max(m for m in range(1, min(args.micro_batch, share) + 1) if share % m == 0)
     os.makedirs(args.out, exist_ok=True)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world
+
+def introduce(args, images, world, net, *inputs):
+    """The settings in force, the data, the size of the network and its cost on one image, the inputs."""
+    print(f"{'demo' if args.data is None else 'paper'} settings, --data {args.data or 'not given'}; in force: "
+          + "  ".join(f"{name} {value}" for name, value in settings(args).items()))
+    print(f"{len(images):,} images of {len(images.classes)} classes from {args.data or 'the bundled digits'}; "
+          f"{args.steps:,} steps of {args.batch} on {world} processes, {args.micro_batch} at once")
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2 ** 20:.1f} MiB in float32, "
+          f"{gflops(net, *inputs):.4g} GFLOPs forward an image, three times that in training", flush=True)
+
+def gflops(module, *inputs):
+    """Of one call, multiply and add counted as two; on PyTorch's meta device, so nothing is computed."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(module).to("meta")(*(x.to("meta") for x in inputs))
+    return counter.get_total_flops() / 1e9
 
 def seed_of(*key):
     """Integers, such as (seed, epoch, index) -> one seed."""
@@ -194,8 +222,9 @@ def log(args, step, terms, speed):
     left = int((args.steps - step) * args.batch / speed)
     print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
           + f"  {speed:.0f} images/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+    line = {"step": step, **terms, "images_per_s": round(speed, 1), "seconds_left": left}
     with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-        file.write(json.dumps({"step": step, **terms, "images_per_s": round(speed, 1), "seconds_left": left}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 def rewind_log(args, step):
     """Drop the lines after a step, which a resumed run writes again."""
@@ -204,35 +233,10 @@ def rewind_log(args, step):
     with open(path, "w") as file:
         file.writelines(line for line in lines if json.loads(line)["step"] <= step)
 
-def settings(args):
-    """What a checkpoint keeps of the flags: plain values by name."""
-    return {name: value for name, value in vars(args).items() if name not in ("given", "resume")}
-
-def introduce(args, images, world):
-    """Which settings are in force, on which images."""
-    print(f"{'demo' if args.data is None else 'paper'} settings, {'without' if args.data is None else 'with'} --data; "
-          f"in force: " + "  ".join(f"{name} {value}" for name, value in settings(args).items()))
-    source = "the bundled MNIST digits" if args.data is None else args.data
-    print(f"{len(images):,} images of {len(images.classes)} classes from {source}; {args.steps:,} steps of {args.batch} "
-          f"images on {world} processes in micro-batches of {args.micro_batch}")
-
-def describe(name, model, gflops):
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{name}: {parameters:,} parameters, {parameters * 4 / 2 ** 20:.1f} MiB in float32, "
-          f"{gflops:.4g} GFLOPs forward an image, three times that in training")
-
-def gflops(module, *shapes_and_dtypes):
-    """Of one call of a module, multiply and add counted as two, computed on PyTorch's meta device."""
-    module = copy.deepcopy(module).to("meta")
-    inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes_and_dtypes]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return counter.get_total_flops() / 1e9
-
 # ---- Images, shared with train_dit.py ----
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what Pillow raises on bad files
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # Pillow's on bad files
 
 class Images:
     """RGB images by index, with .labels and .classes: the digits of the demo, or the files of a folder.
@@ -260,8 +264,7 @@ class Images:
         if not self.files:
             sys.exit(f"--data {folder} holds no images ({' '.join(SUFFIXES)})")
         if len(self.classes) > 1 and "" in self.classes:
-            sys.exit(f"--data {folder} holds images both in itself and in sub-folders: sub-folders are classes, a "
-                     "folder of one class has none")
+            sys.exit(f"--data {folder} holds images both in itself and in sub-folders: make each a class, or none")
 
     def __len__(self):
         return len(self.files)
@@ -282,20 +285,21 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def augment(size, seed, photographs, image, index, epoch, flip):
-    """The transform of Batches: random-resized crop of scale (0.75, 1), BICUBIC, and a flip half of the time, by
-    (seed, epoch, index); digits as they are."""
+    """The transform of Batches: random-resized crop of scale (0.75, 1), BICUBIC, and a flip half of the time,
+    by (seed, epoch, index); digits as they are.
+    """
     if not photographs:
         return center_crop(image, size)
-    torch.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from the global generator, nothing else does
+    torch.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from the global generator
     top, left, height, width = RandomResizedCrop.get_params(image, (0.75, 1.0), (3 / 4, 4 / 3))
     image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
     return image.transpose(Image.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
 
 class Batches(torch.utils.data.Dataset):
-    """Micro-batches, each made by one worker: batches[[(index, *key), ...]] -> uint8 (B, 3, S, S), labels (B,), bad.
+    """Micro-batches, each made by one worker: [[(index, *key), ...]] -> uint8 (B, 3, S, S), labels (B,), bad.
 
-    transform(image, index, *key) -> image of S x S pixels. An unreadable image is replaced by the next one and its
-    index returned in `bad`; beyond 1% of all there is no more.
+    transform(image, index, *key) -> image of S x S pixels. An unreadable image is replaced by the next one and
+    its index put into `bad`; with more than 1% of all images in there, the batch is 0.
     """
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -317,7 +321,7 @@ class Batches(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), bad
 
 def load_batches(dataset, keys, args):
-    """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device, prepared by workers ahead of time."""
+    """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device; workers prepare them ahead of time."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=keys, num_workers=args.workers,
                                          pin_memory=args.device.startswith("cuda"))
     bad = set()
@@ -326,7 +330,7 @@ def load_batches(dataset, keys, args):
             print(f"warning: skipped {dataset.images.files[index]}, which cannot be read", file=sys.stderr)
         bad |= set(unreadable)
         if len(bad) > len(dataset.images) / 100:
-            sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than 1%: mend or remove them")
+            sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than 1%: remove them")
         x = x.to(args.device, non_blocking=True)
         x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
         yield x, y.to(args.device, non_blocking=True)
@@ -347,7 +351,7 @@ def training_keys(args, n, rank, world, start):
 # ---- Training ----
 
 def schedule(args, step, warmup):
-    """The learning rate of a step, counted from 0: linear warm-up from 0, then constant or half a cosine to 0."""
+    """The learning rate of a step, the first is 0: linear warm-up from 0, then constant or half a cosine to 0."""
     if step < warmup:
         return args.lr * step / warmup
     if args.schedule == "constant":
@@ -362,7 +366,7 @@ def preview_images(args):
 
 @torch.no_grad()
 def draw_reconstructions(net, x, args):
-    """recon.png: originals, reconstructions; of a ViT also what training shows it and what it predicts from that."""
+    """recon.png: originals, reconstructions; of a ViT also what it sees in training and predicts from that."""
     rows = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if "mask_ratio" in ARGUMENTS[args.model]:
         draws = net.randomness(len(x), args.image_size, generator("cpu", args.seed))
@@ -385,10 +389,11 @@ def main():
 
     torch.manual_seed(args.seed)   # weights start the same on every rank
     config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
-    config["weights"] = {name: getattr(args, name, 1.0) for name in ae.MODELS[args.model].weights if name != "recon"}
+    terms = [name for name in ae.MODELS[args.model].weights if name != "recon"]
+    config["weights"] = {name: getattr(args, name) for name in terms}
     net = or_exit(ae.MODELS[args.model], **config).to(args.device)
     if args.image_size % net.patch_size:
-        sys.exit(f"--image_size {args.image_size} is not a multiple of {net.patch_size}, the pixels of a latent position")
+        sys.exit(f"--image_size {args.image_size} is not a multiple of {net.patch_size}")
     perceptual = None
     if args.lpips > 0:
         lpips = or_exit(ae.lpips_vgg).to(args.device)
@@ -418,16 +423,17 @@ def main():
             disc.load_state_dict(ckpt["disc"])
             disc_optimizer.load_state_dict(ckpt["disc_optimizer"])
 
-    if args.compile:   # of sdvae in parts: adaptive_weight takes gradients at the last layer, outside of them
-        sdvae_parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks] if args.model == "sdvae" else []
-        for part in sdvae_parts or [net]:
+    if args.compile:
+        parts = [net]
+        if args.model == "sdvae":   # adaptive_weight takes gradients at the last layer, outside of compiled code
+            parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
+        for part in parts:
             part.compile()
     model = DistributedDataParallel(net) if world > 1 else net
     share = args.batch // world
     accumulate = share // args.micro_batch   # micro-batches a step
     if rank == 0:
-        introduce(args, images, world)
-        describe(args.model, net, gflops(net, ((1, 3, args.image_size, args.image_size), torch.float32)))
+        introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
         rewind_log(args, start)
         preview = preview_images(args)
 
@@ -454,7 +460,8 @@ def main():
                     disc.requires_grad_(True)
                     real, fake = disc(x).float(), disc(x_hat.detach()).float()
                     loss_d = ae.disc_loss(real, fake, args.disc_loss)
-                    terms |= {"adv": adv, "adaptive": weight, "disc": loss_d, "real": real.mean(), "fake": fake.mean()}
+                    terms |= {"adv": adv, "adaptive": weight, "disc": loss_d, "real": real.mean(),
+                              "fake": fake.mean()}
             (loss / accumulate).backward()
             if adversarial:
                 (loss_d / accumulate).backward()
