@@ -12,7 +12,7 @@ noise is standard normal in the shape of the latents (VAE, SDVAE; VMAE: (B, keep
 visible tokens) or of the image (DAE); ids_shuffle (B, L) permutes each image's patches, the first `keep` are
 visible; randomness(n, size, generator) draws them. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
 
-One scale for all six: reconstruction terms are means over values, KL terms are summed over channels and averaged
+One scale for all six: reconstruction terms are means over values, KL terms are summed over channels, averaged
 over positions and images. The loss is the sum of `terms` (detached scalars) times model.weights.
 """
 
@@ -97,8 +97,8 @@ class SpatialAttention(nn.Module):
         return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
 class Level(nn.Module):
-    """`depth` residual blocks a -> b at one resolution, and by its kind: "middle" attention after the first block,
-    "down" half or "up" twice the resolution at the end.
+    """`depth` residual blocks a -> b at one resolution, and by its kind: "middle" attention after the first
+    block, "down" half or "up" twice the resolution at the end.
     """
     def __init__(self, a, b, depth, kind):
         super().__init__()
@@ -310,7 +310,7 @@ class MAE(nn.Module):
             raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
         self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
         self.keep = int(self.grid ** 2 * (1 - mask_ratio))
-        limit = self.grid ** 2 - (0 if "visible" in self.weights else 1)   # MAE learns from masked patches alone
+        limit = self.grid ** 2 - (0 if "visible" in self.weights else 1)   # MAE learns from masked ones alone
         if not 0 < self.keep <= limit:
             raise ValueError(f"mask ratio {mask_ratio} leaves {self.keep} of {self.grid ** 2} patches")
         if hidden_size % 4 or hidden_size % num_heads:
@@ -422,7 +422,8 @@ class VMAE(MAE):
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
-        terms = {"visible": self.patch_error(x, x_hat, 1 - mask), "kl": kl_unit(posterior.logvar, self.prior_std)}
+        terms = {"kl": kl_unit(posterior.logvar, self.prior_std)}
+        terms["visible"] = self.patch_error(x, x_hat, 1 - mask)
         if self.keep < self.grid ** 2:   # else a mean over no patches, 0/0: the term is absent
             terms["masked"] = self.patch_error(x, x_hat, mask)
         return total(self, terms, x, x_hat, perceptual)
@@ -434,7 +435,7 @@ MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": 
 def lpips_vgg():
     """The lpips package's metric on VGG16, v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1), images in [-1, 1].
 
-    VGG16 is downloaded to torch's hub cache on first use. FileNotFoundError if it cannot be, ValueError if bad.
+    VGG16 is downloaded to torch's hub cache on first use. FileNotFoundError if not, ValueError if damaged.
     """
     import lpips
     from torchvision.models import VGG16_Weights

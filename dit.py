@@ -5,8 +5,8 @@ Time runs from t = 0, noise, to t = 1, data; the network predicts the velocity, 
     flow_loss(model, x1, y, noise, t)     what training minimises
     sample(model, noise, y, ...)          Euler steps along the velocity, with classifier-free guidance
 
-DiT and its initialisation follow Peebles and Xie, "Scalable Diffusion Models with Transformers"; RMSNorm, SwiGLU,
-rotary positions and QK-norm follow Yao and Wang, "Reconstruction vs. Generation", whose tensor names it keeps.
+DiT and its initialisation follow Peebles and Xie, "Scalable Diffusion Models with Transformers"; RMSNorm,
+SwiGLU, rotary positions and QK-norm follow Yao and Wang, "Reconstruction vs. Generation", as do tensor names.
 """
 
 import functools
@@ -36,7 +36,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 def rotate(x, cos, sin):
-    """Rotary positions: each pair of channels (2i, 2i + 1) of x (B, heads, L, d) turns by its angle, tables (L, d)."""
+    """Rotary positions: channels (2i, 2i + 1) of x (B, heads, L, d) turn by an angle, tables (L, d)."""
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
     return (x * cos + turned * sin).to(x.dtype)
@@ -106,7 +106,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 def position_table(dim, grid):
-    """Fixed 2-D sin-cos positions (1, grid^2, dim): half of the channels for the column, then half for the row."""
+    """Fixed 2-D sin-cos positions (1, grid^2, dim): half of the channels for the column, half for the row."""
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega   # (grid, dim / 4)
     axis = torch.cat([angles.sin(), angles.cos()], 1)                   # (grid, dim / 2)
@@ -115,12 +115,12 @@ def position_table(dim, grid):
 def rotary_tables(dim, grid):
     """cos and sin, each (grid^2, dim): half of the channels turn with the row, half with the column."""
     freqs = 10000 ** -(torch.arange(0, dim // 2, 2) / (dim // 2))
-    angles = (torch.arange(grid)[:, None] * freqs).repeat_interleave(2, 1)   # (grid, dim / 2), a pair shares one
+    angles = (torch.arange(grid)[:, None] * freqs).repeat_interleave(2, 1)   # (grid, dim / 2), one a pair
     angles = torch.cat([angles.repeat_interleave(grid, 0), angles.repeat(grid, 1)], 1)
     return angles.cos(), angles.sin()
 
 class DiT(nn.Module):
-    """input_size: latent positions on a side. Class num_classes is the null class of classifier-free guidance; it
+    """input_size: latent positions on a side. Class num_classes is classifier-free guidance's null class; it
     exists if labels are dropped in training, which with a single class they are not.
     """
     def __init__(self, input_size=32, patch_size=1, in_channels=16, hidden_size=768, depth=12, num_heads=12,
@@ -135,8 +135,9 @@ class DiT(nn.Module):
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(rows, hidden_size)})
         self.pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
         self.feat_rope = nn.Module()
-        for name, table in zip(("freqs_cos", "freqs_sin"), rotary_tables(hidden_size // num_heads, self.grid)):
-            self.feat_rope.register_buffer(name, table)
+        cos, sin = rotary_tables(hidden_size // num_heads, self.grid)
+        self.feat_rope.register_buffer("freqs_cos", cos)
+        self.feat_rope.register_buffer("freqs_sin", sin)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, in_channels * patch_size ** 2)
         self.initialise()
@@ -146,7 +147,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.data.flatten(1))   # as the linear map that it is
+        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.data.flatten(1))   # as a linear map
         nn.init.zeros_(self.x_embedder["proj"].bias)
         nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -157,7 +158,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y):
-        """x (B, C, H, W), t (B,) in [0, 1], y (B,) class indices or num_classes for none -> velocity (B, C, H, W)."""
+        """x (B, C, H, W), t (B,) in [0, 1], y (B,) classes, num_classes for none -> velocity like x."""
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed   # (B, L, D)
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)               # (B, D)
         for block in self.blocks:
@@ -178,7 +179,7 @@ DiT_models = {name: functools.partial(DiT, patch_size=1, hidden_size=width, dept
 def flow_loss(model, x1, y, noise, t, cosine=False):
     """Rectified flow: the mean squared error of the velocity at x_t = t x1 + (1 - t) noise -> scalar.
 
-    x1, noise (B, C, H, W), x1 normalised latents; y, t (B,). cosine adds LightningDiT's 1 - cos over the channels.
+    x1, noise (B, C, H, W), x1 normalised latents; y, t (B,). cosine adds LightningDiT's 1 - cos(channels).
     """
     t_ = t.view(-1, 1, 1, 1)
     v = model(t_ * x1 + (1 - t_) * noise, t, y).float()
@@ -191,14 +192,14 @@ def flow_loss(model, x1, y, noise, t, cosine=False):
 def guided_velocity(model, x, t, y, cfg_scale, cfg_channels):
     """v_uncond + cfg_scale (v_cond - v_uncond) on the first cfg_channels channels, v_cond on the others.
 
-    t a float. Without guidance, cfg_scale <= 1, the unconditional half is not computed. Raises ValueError where the
-    model has no null class to be guided away from.
+    t a float. Without guidance, cfg_scale <= 1, the unconditional half is not computed. Raises ValueError if
+    the model has no null class to be guided away from.
     """
     t = torch.full((len(x),), t, device=x.device)
     if cfg_scale <= 1:
         return model(x, t, y).float()
     if model.class_dropout_prob == 0:
-        raise ValueError("guidance needs a model trained with label dropout and several classes: use cfg_scale 1")
+        raise ValueError("guidance needs several classes and labels dropped in training: use cfg_scale 1")
     null = torch.full_like(y, model.num_classes)
     v, v_uncond = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).float().chunk(2)
     guided = v_uncond[:, :cfg_channels] + cfg_scale * (v - v_uncond)[:, :cfg_channels]
@@ -208,8 +209,8 @@ def guided_velocity(model, x, t, y, cfg_scale, cfg_channels):
 def sample(model, noise, y, steps=250, cfg_scale=10.0, cfg_channels=3, cfg_start=0.1, shift=0.3):
     """Euler's method from noise (B, C, H, W), classes y (B,) -> normalised latents (B, C, H, W).
 
-    `steps` evaluations on steps + 1 grid points, which shift < 1 moves towards the noise: t' = s t / (1 + (s - 1) t).
-    Steps that start at t' < cfg_start are not guided.
+    `steps` evaluations on steps + 1 grid points, which a shift s < 1 moves towards the noise:
+    t' = s t / (1 + (s - 1) t). Steps that start at t' < cfg_start are not guided.
     """
     grid = [shift * t / (1 + (shift - 1) * t) for t in (i / steps for i in range(steps + 1))]
     x = noise.float()
@@ -219,10 +220,10 @@ def sample(model, noise, y, steps=250, cfg_scale=10.0, cfg_channels=3, cfg_start
     return x
 
 def load(path):
-    """(DiT in eval mode on the CPU with its EMA weights, info), from a checkpoint of train_dit.py or of LightningDiT.
+    """(DiT with its EMA weights in eval mode on the CPU, info), from a file of train_dit.py or LightningDiT.
 
-    info is the rest of the checkpoint; ours has the autoencoder, latent_mean and latent_std, class names, sampling
-    defaults. Raises FileNotFoundError or ValueError, one sentence that says what is wrong.
+    info is the rest of the file; in ours the autoencoder, latent_mean and latent_std, class_names, args.
+    Raises FileNotFoundError or ValueError, one sentence that says what is wrong.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint file {path}")
@@ -233,7 +234,7 @@ def load(path):
     weights = info.pop("ema", None) or info.get("model") if isinstance(info, dict) else None
     if not isinstance(weights, dict) or not any(key.endswith("x_embedder.proj.weight") for key in weights):
         raise ValueError(f"{path} holds no DiT: an autoencoder belongs behind train_dit.py --ae")
-    weights = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
     if info.get("kind") == "dit":
         model = DiT_models[info["dit_config"].pop("name")](**info["dit_config"])
     else:

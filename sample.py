@@ -28,21 +28,21 @@ SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]   # the ImageNet classes that t
 PART = 256   # samples in a file of an unfinished samples.npz
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     add = parser.add_argument_group("what").add_argument
-    add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: the demo's)")
+    add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
     add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
-    add("--labels", help="classes, such as 130,88 (default of a grid: 10 classes, of 1,000 the release's 8; of "
-        "--num: all, uniformly)")
+    add("--labels", help="classes, such as 130,88 (default of a grid: 10 classes, of 1,000 the release's 8; "
+        "of --num: all, uniformly)")
     add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
     add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
-    add = parser.add_argument_group("how (defaults: what the checkpoint was trained with, else the paper's)").add_argument
+    add = parser.add_argument_group("how (default: the checkpoint's, else the paper's)").add_argument
     add("--steps", type=int, help="Euler steps (demo: 100, paper: 250)")
     add("--cfg_scale", type=float, help="guidance, 1 is none (demo: 1.3, paper: 10, 1 with a single class)")
-    add("--cfg_channels", type=int, help="latent channels that are guided, the first ones (demo: 16, paper: 3)")
+    add("--cfg_channels", type=int, help="guided latent channels, the first ones (demo: 16, paper: 3)")
     add("--cfg_start", type=float, help="time from which on they are (demo and paper: 0.1)")
     add("--shift", type=float, help="of the time grid, below 1 towards the noise (demo and paper: 0.3)")
     add("--batch", type=int, default=64, help="pictures a process draws at once (default: 64)")
@@ -71,7 +71,7 @@ def load(args):
     stats = info if args.stats is None else or_exit(ae.read_checkpoint, args.stats)
     prefix = "latent_" if args.stats is None else ""
     if prefix + "mean" not in stats or prefix + "std" not in stats:
-        sys.exit(f"{args.stats or args.ckpt} carries no latent mean and std: name a file that does with --stats")
+        sys.exit(f"{args.stats or args.ckpt} carries no latent mean and std: name them by --stats")
     mean, std = (stats[prefix + name].float().view(-1, 1, 1).to(args.device) for name in ("mean", "std"))
     names = info.get("class_names", [""] * model.num_classes)
     defaults = info["args"] if info.get("kind") == "dit" else PAPER
@@ -86,7 +86,7 @@ def load(args):
 
 @torch.no_grad()
 def draw(loaded, args, indices, labels):
-    """Samples by index -> uint8 (N, H, W, 3) and their classes (N,). labels: a class each, or None to draw them."""
+    """Samples by index -> uint8 (N, H, W, 3) and classes (N,). labels: a class each, or None to draw them."""
     model, autoencoder, mean, std, _, settings = loaded
     channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
     rngs = [np.random.default_rng((args.seed, index)) for index in indices]
@@ -103,10 +103,11 @@ def draw_grid(loaded, args):
     labels = [c for c in classes for _ in range(args.columns)]
     images = []
     for i in tqdm(range(0, len(labels), args.batch), "drawing", disable=len(labels) <= args.batch):
-        images.append(draw(loaded, args, range(i, min(i + args.batch, len(labels))), labels[i:i + args.batch])[0])
+        part = labels[i:i + args.batch]
+        images.append(draw(loaded, args, range(i, i + len(part)), part)[0])
     images = np.concatenate(images)
     path = os.path.join(args.out, "samples.png")
-    titles = ["" if len(names) == 1 else str(c) if names[c] in ("", str(c)) else f"{c} {names[c]}" for c in classes]
+    titles = ["" if len(names) == 1 else " ".join(dict.fromkeys((str(c), names[c]))) for c in classes]
     ae.save_grid(path, images.reshape(len(classes), args.columns, *images.shape[1:]), titles)
     print(f"wrote {path}")
 
@@ -143,10 +144,11 @@ def draw_npz(loaded, args, rank, world):
     if world > 1:
         dist.barrier()
     if rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
-        shape = (args.num, *np.load(files[0])["images"].shape[1:])
+        header = {"descr": "|u1", "fortran_order": False,
+                  "shape": (args.num, *np.load(files[0])["images"].shape[1:])}
         with zipfile.ZipFile(path + ".tmp", "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-                np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                np.lib.format.write_array_header_1_0(out, header)
                 for file in files:
                     out.write(np.load(file)["images"].tobytes())
             if len(loaded[4]) > 1:

@@ -41,8 +41,8 @@ def ints(text):
 def floats(text):
     return [float(part) for part in text.split(",")]
 
-# A flag a line: name, type, default of the demo (without --data), default of the paper (with --data), help. A dict
-# has defaults by model, "*" for the others. Sources: S supplement, R authors' release, V VQGAN and latent
+# A flag a line: name, type, default without --data (demo), default with --data (paper), help. A dict holds
+# defaults by model, "*" for the others. Sources: S supplement, R authors' release, V VQGAN and latent
 # diffusion, O our choice.
 FLAGS = {
     "run": [
@@ -77,13 +77,13 @@ FLAGS = {
         ("kl", float, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6},
          "KL: sdvae V rescaled, vae O, vmae R"),
         ("prior_std", float, 1.0, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
-        ("lpips", float, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5}, "LPIPS: sdvae V, vmae R; the demo has none"),
+        ("lpips", float, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5}, "LPIPS: sdvae V, vmae R, demo without"),
         ("disc_weight", float, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
         ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
         ("disc_loss", ("hinge", "vanilla"), "hinge", "hinge", "sdvae: V's or eq. 6's"),
     ],
     "optimisation": [
-        ("epochs", float, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400}, "ViT R, conv O"),
+        ("epochs", float, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400}, "R, conv O"),
         ("steps", count, None, None, "optimiser steps; default: from --epochs"),
         ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10}, "epochs of linear warm-up; ViT R, conv O"),
         ("schedule", ("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "ViT R, conv O"),
@@ -91,9 +91,10 @@ FLAGS = {
          "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128},
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
-        ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3}, {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4}, "S"),
+        ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3}, {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4},
+         "learning rate at batch 256, S"),
         ("lr", float, None, None, "learning rate; default: base_lr * batch / 256"),
-        ("betas", floats, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; sdvae V, ViT R, else O"),
+        ("betas", floats, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, else O"),
         ("weight_decay", float, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
 }
@@ -178,7 +179,7 @@ def setup(args):
         sys.exit(f"--batch {args.batch} does not divide over {world} processes")
     share = args.batch // world   # images of one process in a step
     if "micro_batch" in args.given and share % args.micro_batch:
-        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {share} images of a process in a step")
+        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {share} images of a process a step")
     args.micro_batch = max(m for m in range(1, min(args.micro_batch, share) + 1) if share % m == 0)
     os.makedirs(args.out, exist_ok=True)
     if world > 1:
@@ -187,9 +188,9 @@ def setup(args):
 
 def introduce(args, images, world, net, *inputs):
     """The settings in force, the data, the size of the network and its cost on one image, the inputs."""
-    print(f"{'demo' if args.data is None else 'paper'} settings, --data {args.data or 'not given'}; in force: "
+    print(f"{'paper settings' if args.data else 'demo settings, for want of --data'}; in force: "
           + "  ".join(f"{name} {value}" for name, value in settings(args).items()))
-    print(f"{len(images):,} images of {len(images.classes)} classes from {args.data or 'the bundled digits'}; "
+    print(f"{len(images):,} images of {len(images.classes)} classes, {args.data or 'the bundled digits'}; "
           f"{args.steps:,} steps of {args.batch} on {world} processes, {args.micro_batch} at once")
     parameters = sum(p.numel() for p in net.parameters())
     print(f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2 ** 20:.1f} MiB in float32, "
@@ -264,7 +265,7 @@ class Images:
         if not self.files:
             sys.exit(f"--data {folder} holds no images ({' '.join(SUFFIXES)})")
         if len(self.classes) > 1 and "" in self.classes:
-            sys.exit(f"--data {folder} holds images both in itself and in sub-folders: make each a class, or none")
+            sys.exit(f"--data {folder} holds images both in itself and in sub-folders: move the former")
 
     def __len__(self):
         return len(self.files)
@@ -298,8 +299,8 @@ def augment(size, seed, photographs, image, index, epoch, flip):
 class Batches(torch.utils.data.Dataset):
     """Micro-batches, each made by one worker: [[(index, *key), ...]] -> uint8 (B, 3, S, S), labels (B,), bad.
 
-    transform(image, index, *key) -> image of S x S pixels. An unreadable image is replaced by the next one and
-    its index put into `bad`; with more than 1% of all images in there, the batch is 0.
+    transform(image, index, *key) -> image of S x S pixels. An unreadable image is replaced by the next, its
+    index put into `bad`; with more than 1% of all images in there, the batch is 0.
     """
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -321,7 +322,7 @@ class Batches(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), bad
 
 def load_batches(dataset, keys, args):
-    """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device; workers prepare them ahead of time."""
+    """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device; workers work ahead."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=keys, num_workers=args.workers,
                                          pin_memory=args.device.startswith("cuda"))
     bad = set()
@@ -351,7 +352,7 @@ def training_keys(args, n, rank, world, start):
 # ---- Training ----
 
 def schedule(args, step, warmup):
-    """The learning rate of a step, the first is 0: linear warm-up from 0, then constant or half a cosine to 0."""
+    """The learning rate of a step, the first is 0: warm-up from 0, then constant or half a cosine to 0."""
     if step < warmup:
         return args.lr * step / warmup
     if args.schedule == "constant":
@@ -366,7 +367,7 @@ def preview_images(args):
 
 @torch.no_grad()
 def draw_reconstructions(net, x, args):
-    """recon.png: originals, reconstructions; of a ViT also what it sees in training and predicts from that."""
+    """recon.png: originals, reconstructions; of a ViT also what it sees in training, and its prediction."""
     rows = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if "mask_ratio" in ARGUMENTS[args.model]:
         draws = net.randomness(len(x), args.image_size, generator("cpu", args.seed))
@@ -425,7 +426,7 @@ def main():
 
     if args.compile:
         parts = [net]
-        if args.model == "sdvae":   # adaptive_weight takes gradients at the last layer, outside of compiled code
+        if args.model == "sdvae":   # adaptive_weight takes gradients at the last layer, not compiled
             parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
         for part in parts:
             part.compile()

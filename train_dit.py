@@ -1,9 +1,9 @@
 """Train a DiT on the latents of a frozen autoencoder (supplement, section B.2).
 
-    python train_dit.py                                          the demo: digits, on the latents of the demo's VMAE
-    python train_dit.py --data DIR --ae out/vmae/ckpt.pt         own images, the paper's settings
+    python train_dit.py                                       the demo: digits, latents of the demo's VMAE
+    python train_dit.py --data DIR --ae out/vmae/ckpt.pt      own images, the paper's settings
     torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae out/vmae/ckpt.pt --cache latents
-    python train_dit.py --data DIR --resume                      go on from the last checkpoint
+    python train_dit.py --data DIR --resume                   go on from the last checkpoint
 
 Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png into --out.
 """
@@ -32,7 +32,7 @@ FLAGS = {
     "run": [
         ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
         ("ae", str, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
-        ("cache", str, None, None, "folder for the moments of all images and their flips; none: encode on the fly"),
+        ("cache", str, None, None, "folder for all images' moments, in 16 bit; none: encode on the fly"),
         ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
         ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
         ("seed", int, 0, 0, "of everything random"),
@@ -47,14 +47,14 @@ FLAGS = {
         ("model", tuple(dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
         ("image_size", count, 32, 256, "pixels a side, S"),
         ("qk_norm", int, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
-        ("class_dropout", float, 0.1, 0.1, "share of labels dropped for guidance, none with a single class, R"),
-        ("cosine_loss", bool, False, False, "add 1 - cos(velocity, target) over the channels, LightningDiT's"),
+        ("class_dropout", float, 0.1, 0.1, "share of labels dropped, of a single class none, R"),
+        ("cosine_loss", bool, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
         ("steps", count, 3000, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
         ("batch", count, 64, 1024, "images an optimiser step, over all processes, S"),
-        ("micro_batch", count, 64, 32, "images a GPU at once, the rest is gradient accumulation; a smaller one may be "
-         "taken so that it divides, O"),
+        ("micro_batch", count, 64, 32,
+         "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
         ("lr", float, 2e-3, 2e-4, "constant, S"),
         ("betas", floats, [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
         ("ema", float, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
@@ -71,7 +71,7 @@ FLAGS = {
 class Cache:
     """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
 
-    Shards of 1,024 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] of the flips, and labels-00000.npy (n,).
+    Shards of 1,024 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] the flips', and labels-00000.npy (n,).
     """
     shard = 1024
 
@@ -92,7 +92,7 @@ class Cache:
         return torch.from_numpy(moments), torch.tensor(labels), []
 
     def fill(self, source, encode, dataset, args, rank, world):
-        """Writes the shards that are missing, every world-th one; refuses a folder that was made from elsewhere."""
+        """Write the shards that are missing, every world-th one; refuse a folder made from another source."""
         os.makedirs(self.folder, exist_ok=True)
         path = os.path.join(self.folder, "source.json")
         if rank == 0 and not os.path.exists(path):
@@ -105,12 +105,14 @@ class Cache:
             found = json.load(file)
         for name, value in source.items():
             if found.get(name) != value:
-                sys.exit(f"--cache {self.folder} was made with another {name} ({found.get(name)}, now {value}): "
-                         "choose another folder")
+                sys.exit(f"--cache {self.folder} was made with another {name}, {found.get(name)} and not "
+                         f"{value}: choose another folder")
         n = len(self.images)
-        missing = [k for k in range(rank, -(-n // self.shard), world) if not os.path.exists(self.path("moments", k))]
+        mine = range(rank, -(-n // self.shard), world)
+        missing = [k for k in mine if not os.path.exists(self.path("moments", k))]
         rows = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
-        keys = [[(i, 0, False) for i in part] for k in missing for part in np.array_split(rows[k], 16) if len(part)]
+        keys = [[(i, 0, False) for i in rows[k][j:j + 64]]
+                for k in missing for j in range(0, len(rows[k]), 64)]
         batches = load_batches(dataset, keys, args)
         for done, k in enumerate(missing):
             moments, labels = [], []
@@ -120,7 +122,7 @@ class Cache:
                 pair = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in pair], 1)
                 moments.append(pair.half().cpu().numpy())
                 labels.append(y.cpu().numpy())
-            for kind, parts in (("labels", labels), ("moments", moments)):   # moments last: they mark it as done
+            for kind, parts in (("labels", labels), ("moments", moments)):   # moments last: they mark it done
                 with open(self.path(kind, k) + ".tmp", "wb") as file:
                     np.save(file, np.concatenate(parts))
                 os.replace(self.path(kind, k) + ".tmp", self.path(kind, k))
@@ -143,7 +145,7 @@ def cache_source(args, images, autoencoder):
             "files": hashlib.sha256(listing.encode()).hexdigest()[:16], "image_size": args.image_size}
 
 def latent_statistics(dataset, encode, args, n, rank, world):
-    """Mean and unbiased std per channel, (C,) each, of one posterior sample of 10,000 random unflipped images."""
+    """Mean and unbiased std per channel, (C,) each, of one sample of 10,000 random unflipped images."""
     picked = np.random.default_rng((args.seed, n)).permutation(n)[:10000]
     chunks = [picked[i:i + 100] for i in range(0, len(picked), 100)]
     keys = [[(int(i), 0, False) for i in chunk] for chunk in chunks[rank::world]]
@@ -167,7 +169,8 @@ def draw_samples(ema, autoencoder, latent_mean, latent_std, args, class_names):
     classes = np.arange(rows) * ema.num_classes // rows
     y = torch.tensor(classes, device=args.device).repeat_interleave(8)
     noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed)).to(args.device)
-    z = dit.sample(ema, noise, y, args.sample_steps, args.cfg_scale, args.cfg_channels, args.cfg_start, args.shift)
+    z = dit.sample(ema, noise, y, args.sample_steps, args.cfg_scale, args.cfg_channels, args.cfg_start,
+                   args.shift)
     images = ae.to_uint8(autoencoder.decode(z * latent_std + latent_mean))
     ae.save_grid(os.path.join(args.out, "samples.png"), images.reshape(rows, 8, *images.shape[1:]),
                  [class_names[c] for c in classes])
@@ -184,8 +187,8 @@ def main():
             sys.exit("--cfg_scale above 1 needs several classes and --class_dropout above 0")
         args.cfg_scale = 1.0
     if ckpt and (ckpt["images"], ckpt["class_names"]) != (n, images.classes):
-        sys.exit(f"--resume: the run had {ckpt['images']} images of {len(ckpt['class_names'])} classes, --data holds "
-                 f"{n} of {num_classes}, or other classes")
+        sys.exit(f"--resume: the run had {ckpt['images']} images of {len(ckpt['class_names'])} classes, "
+                 f"--data has {n} of {num_classes}, or other classes")
     if ckpt and ckpt["step"] >= args.steps:
         print(f"{args.out} is finished, at step {ckpt['step']}")
         return
@@ -217,8 +220,9 @@ def main():
     latent_mean, latent_std = latent_mean.view(-1, 1, 1), latent_std.view(-1, 1, 1)
 
     torch.manual_seed(args.seed)   # weights start the same on every rank
-    config = {"input_size": args.latent_shape[1], "in_channels": args.latent_shape[0], "num_classes": num_classes,
-              "qk_norm": bool(args.qk_norm), "class_dropout_prob": args.class_dropout}
+    config = {"input_size": args.latent_shape[1], "in_channels": args.latent_shape[0],
+              "num_classes": num_classes, "qk_norm": bool(args.qk_norm),
+              "class_dropout_prob": args.class_dropout}
     net = dit.DiT_models[args.model](**config).to(args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], args.lr, args.betas,
@@ -256,7 +260,7 @@ def main():
             x1 = (encode(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
             y = torch.where(dropped[rows], num_classes, y)   # the null class
             if rank == 0 and step == start and row == 0:
-                print(f"normalised latents of the first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
+                print(f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
             model.require_backward_grad_sync = row + args.micro_batch == (rank + 1) * share   # once a step
             with autocast():
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
@@ -274,14 +278,16 @@ def main():
                 dist.all_reduce(total)
             value = total.item() / world   # the first wait for the device since the last line
             if rank == 0:
-                log(args, step, {"loss": value, "lr": args.lr}, (step - clock_step) * args.batch / (time.time() - clock))
+                speed = (step - clock_step) * args.batch / (time.time() - clock)
+                log(args, step, {"loss": value, "lr": args.lr}, speed)
             clock, clock_step = time.time(), step
         if rank == 0 and (step % args.ckpt_every == 0 or step == args.steps):
             draw_samples(ema, autoencoder, latent_mean, latent_std, args, images.classes)
             save(os.path.join(args.out, "ckpt.pt"), {
                 "kind": "dit", "dit_config": {"name": args.model, **config}, "model": net.state_dict(),
                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "images": n,
-                "class_names": images.classes, "latent_mean": latent_mean.flatten(), "latent_std": latent_std.flatten(),
+                "class_names": images.classes, "latent_mean": latent_mean.flatten(),
+                "latent_std": latent_std.flatten(),
                 "ae": {**autoencoder.recipe, "model": autoencoder.state_dict()}, "args": settings(args)})
     if rank == 0:
         print(f"wrote {args.out}/ckpt.pt and {args.out}/samples.png")

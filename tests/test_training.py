@@ -108,7 +108,7 @@ def test_the_start_prints_what_a_person_checks(tmp_path, tiny_vmae, capsys):
         assert words in text
     run(train_dit, "--ae", tiny_vmae, "--out", tmp_path / "d", "--steps", 1, "--sample_steps", 1)
     text = capsys.readouterr().out
-    mean, std = text.split("normalised latents of the first micro-batch: mean ")[1].split("\n")[0].split(", std ")
+    mean, std = text.split("normalised latents, first micro-batch: mean ")[1].split("\n")[0].split(", std ")
     assert abs(float(mean)) < 0.1 and abs(float(std) - 1) < 0.1
 
 def test_gflops_are_those_of_the_paper_s_models():
