@@ -410,17 +410,23 @@ class VMAE(MAE):
     whole terms: relative to the visible one lambda_M = lambda_P = 1, lambda_reg = 2e-6.
     """
     deterministic = False
-    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
+    weights = {"recon": 1.0, "visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}   # recon: of tune_decoder
 
-    def __init__(self, *args, prior_std=1.0, **kwargs):
+    def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.prior_std = prior_std
+        self.tune_decoder = tune_decoder   # the last stage of training: the encoder is done, nothing is masked
 
     def randomness(self, n, size, generator):
         noise = torch.randn(n, self.keep, self.latent_dim, generator=generator, device=generator.device)
         return {"noise": noise, **super().randomness(n, size, generator)}
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        if self.tune_decoder:
+            with torch.no_grad():
+                z = self.encode(x).mode()
+            x_hat = self.decode(z)
+            return total(self, {"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
         terms = {"kl": kl_unit(posterior.logvar, self.prior_std)}
         terms["visible"] = self.patch_error(x, x_hat, 1 - mask)
@@ -506,22 +512,34 @@ def from_checkpoint(ckpt, path="checkpoint"):
     model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model" a checkpoint
     return model.eval()
 
+def resize_positions(state, grid):
+    """A ViT's state dict with its position tables interpolated, bilinearly, to grid x grid tokens."""
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = state[name].transpose(1, 2).unflatten(2, (math.isqrt(state[name].shape[1]), -1))   # (1, D, g, g)
+        table = F.interpolate(table, (grid, grid), mode="bilinear", align_corners=False)
+        state[name] = table.flatten(2).transpose(1, 2)
+    return state
+
 # ---- Pictures ----
 
 def to_uint8(x):
     """Images (B, 3, H, W), about [-1, 1] -> NumPy uint8 (B, H, W, 3): floor(clamp(127.5 x + 128))."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-def save_grid(path, rows, labels):
-    """A PNG with a labelled row for each entry of rows, uint8 (N, H, W, 3) and all of one shape."""
+def save_grid(path, rows, labels, columns=()):
+    """A PNG with a labelled row for each entry of rows, uint8 (N, H, W, 3) and all of one shape; columns: titles."""
     scale = max(1, 64 // rows[0].shape[1])   # small images are enlarged, pixels stay sharp
     rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
     rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
     R, N, H, W, _ = rows.shape
     font = ImageFont.load_default(14)
     margin = 12 + int(max(font.getlength(label) for label in labels))
-    canvas = Image.new("RGB", (margin + N * W, R * H), "white")
-    canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)), (margin, 0))
+    top = 20 if columns else 0
+    canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
+    canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)), (margin, top))
+    draw = ImageDraw.Draw(canvas)
     for r, label in enumerate(labels):
-        ImageDraw.Draw(canvas).text((margin - 6, r * H + H // 2), label, "black", font, anchor="rm")
+        draw.text((margin - 6, top + r * H + H // 2), label, "black", font, anchor="rm")
+    for n, title in enumerate(columns):
+        draw.text((margin + n * W + W // 2, top // 2), title, "black", font, anchor="mm")
     canvas.save(path)

@@ -61,7 +61,7 @@ FLAGS = {
     ],
     "sampling, for samples.png and as defaults of sample.py": [
         ("sample_steps", count, 100, 250, "Euler steps, S"),
-        ("cfg_scale", float, 1.3, 10.0, "guidance; 1, none, with a single class, R"),
+        ("cfg_scale", float, 1.2, 10.0, "guidance; 1, none, with a single class, R"),
         ("cfg_channels", int, 16, 3, "latent channels that are guided, the first ones, R"),
         ("cfg_start", float, 0.1, 0.1, "time from which on they are, R"),
         ("shift", float, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),
@@ -74,6 +74,7 @@ class Cache:
     Shards of 1,024 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] the flips', and labels-00000.npy (n,).
     """
     shard = 1024
+    limit = 0   # of images that may be unreadable: they were replaced when it was written
 
     def __init__(self, folder, images):
         self.folder, self.images = folder, images
