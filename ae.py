@@ -410,12 +410,12 @@ class VMAE(MAE):
     whole terms: relative to the visible one lambda_M = lambda_P = 1, lambda_reg = 2e-6.
     """
     deterministic = False
-    weights = {"recon": 1.0, "visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}   # recon: of tune_decoder
+    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5, "recon": 1.0}   # the last to tune
 
     def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.prior_std = prior_std
-        self.tune_decoder = tune_decoder   # the last stage of training: the encoder is done, nothing is masked
+        self.tune_decoder = tune_decoder   # the last stage: the encoder is done, nothing is masked
 
     def randomness(self, n, size, generator):
         noise = torch.randn(n, self.keep, self.latent_dim, generator=generator, device=generator.device)
@@ -515,7 +515,8 @@ def from_checkpoint(ckpt, path="checkpoint"):
 def resize_positions(state, grid):
     """A ViT's state dict with its position tables interpolated, bilinearly, to grid x grid tokens."""
     for name in ("pos_embed", "decoder_pos_embed"):
-        table = state[name].transpose(1, 2).unflatten(2, (math.isqrt(state[name].shape[1]), -1))   # (1, D, g, g)
+        table = state[name].transpose(1, 2)   # (1, D, L)
+        table = table.unflatten(2, (math.isqrt(table.shape[2]), -1))
         table = F.interpolate(table, (grid, grid), mode="bilinear", align_corners=False)
         state[name] = table.flatten(2).transpose(1, 2)
     return state
@@ -527,7 +528,7 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 def save_grid(path, rows, labels, columns=()):
-    """A PNG with a labelled row for each entry of rows, uint8 (N, H, W, 3) and all of one shape; columns: titles."""
+    """A PNG with a labelled row for each of rows, uint8 (N, H, W, 3) of one shape; columns: their titles."""
     scale = max(1, 64 // rows[0].shape[1])   # small images are enlarged, pixels stay sharp
     rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
     rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)

@@ -39,15 +39,9 @@ def count(text):
         raise ValueError
     return int(text)
 
-def ints(text):
-    return [int(part) for part in text.split(",")]
-
-def floats(text):
-    return [float(part) for part in text.split(",")]
-
-# A flag a line: name, type, default without --data (demo), default with --data (paper), help. A dict holds
-# defaults by model, "tune" with --tune_decoder, "*" else. Sources: S supplement, R authors' release, V VQGAN and
-# latent diffusion, O our choice.
+# A flag a line: name, type ([type]: several, a tuple: choices), default without --data (demo), default with
+# --data (paper), help. A dict holds defaults by model, "tune" with --tune_decoder, "*" else. Sources:
+# S supplement, R authors' release, V VQGAN and latent diffusion, O our choice.
 FLAGS = {
     "run": [
         ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
@@ -64,9 +58,9 @@ FLAGS = {
     ],
     "model": [
         ("model", tuple(ae.MODELS), "vmae", "vmae", "which autoencoder"),
-        ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128, "tune": 256}, "pixels a side; ViT R, conv O"),
+        ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128, "tune": 256}, "pixels; ViT R, conv O"),
         ("latent_dim", count, {"*": 16, "mae": 8, "vmae": 8}, 16, "channels of the latent, R"),
-        ("channels", ints, [32, 32, 64, 64], [128, 256, 512, 512], "conv: width of each level, R"),
+        ("channels", [count], [32, 32, 64, 64], [128, 256, 512, 512], "conv: width of each level, R"),
         ("patch_size", count, 8, 8, "ViT: pixels a side of a token, R"),
         ("hidden_size", count, 96, 192, "ViT: width, S"),
         ("depth", count, 3, 12, "ViT: encoder layers, S"),
@@ -93,24 +87,24 @@ FLAGS = {
         ("epochs", float, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400, "tune": 10},
          "ViT R, conv O"),
         ("steps", count, None, None, "optimiser steps; default: from --epochs"),
-        ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10, "tune": 0}, "epochs of linear warm-up; ViT R, conv O"),
+        ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
         ("schedule", ("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "ViT R, conv O"),
         ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256},
          "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128, "tune": 32},
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
-        ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3}, {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4, "tune": 1e-5},
-         "learning rate at batch 256, S, tune R"),
+        ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3},
+         {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4, "tune": 1e-5}, "learning rate at batch 256, S, tune R"),
         ("lr", float, None, None, "learning rate; default: base_lr * batch / 256"),
-        ("betas", floats, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, else O"),
+        ("betas", [float], [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, else O"),
         ("weight_decay", float, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
     "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
         ("eval", bool, False, False, "instead of training: a table, eval.json and a picture each"),
-        ("ckpt", list, None, None, "checkpoints, ours, the authors' VMAE or diffusers' AutoencoderKL"),
-        ("masks", str, None, None, "folder of label images as in ADE20K or CelebAMask-HQ, for the compression"),
+        ("ckpt", [str], None, None, "checkpoints, ours, the authors' VMAE or diffusers' AutoencoderKL"),
+        ("masks", str, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's, for sigma2, rho"),
         ("inception", str, None, None, "file of Inception's weights, for rFID; default: downloaded once"),
-        ("half_pixel", int, 1, 1, "1 or 0, rFID with pytorch-fid's resizing, as the paper's, or the evaluator's"),
+        ("half_pixel", int, 1, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
     ],
 }
 CONV = ("channels", "latent_dim", "recon")
@@ -149,9 +143,11 @@ def parse_args(doc, flags, kind):
             shown = [", ".join(f"{model} {x}".removeprefix("* ") for model, x in value.items())
                      if isinstance(value, dict) else value for value in (demo, paper)]
             text += f" (demo: {shown[0]}; paper: {shown[1]})"
-        choices, several = type_ if isinstance(type_, tuple) else None, "+" if type_ is list else None
-        type_ = str if choices or several else type_
-        groups[title].add_argument(f"--{name}", type=type_, choices=choices, nargs=several, help=text)
+        if isinstance(type_, tuple):
+            how = {"choices": type_}
+        else:
+            how = {"type": type_[0], "nargs": "+"} if isinstance(type_, list) else {"type": type_}
+        groups[title].add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
 
     model = given.get("model", next(demo for _, name, _, demo, _, _ in rows if name == "model"))
@@ -404,7 +400,7 @@ def draw_reconstructions(net, x, args):
 EPS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)   # of noise on latents, in units of each channel's std
 
 def ssim(x, y, data_range=2.0):
-    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) -> (B,): Gaussian window of 11 pixels and
+    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) -> (B,): Gaussian window of 11 pixels,
     sigma 1.5, mean over channels and the positions where the window fits.
     """
     window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5 ** 2))
@@ -417,7 +413,7 @@ def ssim(x, y, data_range=2.0):
     return (luminance * structure).view(-1, 3 * luminance[0].numel()).mean(1)
 
 def find_masks(folder):
-    """Label images by the name of their image: ADE20K's NAME.png, CelebAMask-HQ's 00012_hair.png for image 12."""
+    """Label images by their image's name: ADE20K's NAME.png, CelebAMask-HQ's 00012_hair.png for image 12."""
     masks = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.png"), recursive=True)):
         number, _, part = stem(file).partition("_")
@@ -426,7 +422,7 @@ def find_masks(folder):
     return masks
 
 def segments(files, grid):
-    """(label, boolean mask (grid, grid)) of one image's label images, cropped as center_crop does; 0 is no label.
+    """(label, boolean mask (grid, grid)) of an image's label images, cropped like center_crop; 0 is no label.
 
     The values of ADE20K's files are labels; of CelebAMask-HQ's the name is, and what is not 0 belongs to it.
     """
@@ -448,9 +444,9 @@ def power_sums(z):
 def compression(labels, sums, std):
     """sigma2 and rho of segments, a label in one image each: our reading, the supplement gives no formulas.
 
-    labels: of each segment. sums (S, 3, C): its power_sums; std (C,) of all latents, by which they are divided.
-    sigma2: the variance within a segment, mean over channels and, weighted by size, over segments. rho: the mean
-    distance between the centroids of two labels over the root of the variance within a label, NaN for one label.
+    labels, sums (S, 3, C): of each segment, power_sums; std (C,): of all latents, by which they are divided.
+    sigma2: the variance within a segment, mean over channels and, weighted by size, over segments. rho: the
+    mean distance between the centroids of two labels over the root of the variance within a label, or NaN.
     """
     n, total, squares = (sums / torch.stack([std ** 0, std, std ** 2])).unbind(1)   # (S, C) each
     sigma2 = ((squares - total ** 2 / n).sum(0) / n.sum(0)).mean()
@@ -461,7 +457,7 @@ def compression(labels, sums, std):
     return {"sigma2": sigma2.item(), "rho": (torch.pdist(total / n).mean() / variance.sqrt()).item()}
 
 def perturbed(net, x, std, args, indices):
-    """Decodings of the posterior mean + eps * std * N(0, 1) for each of EPS; the noise is by (seed, index)."""
+    """Decodings of posterior mean + eps * std * N(0, 1) for each of EPS; the noise is by (seed, index)."""
     z = net.encode(x).mode()
     noise = torch.stack([torch.randn(z.shape[1:], generator=generator("cpu", args.seed, i)) for i in indices])
     noise = noise.to(z.device) * std.float().view(-1, 1, 1)
@@ -517,10 +513,10 @@ def judge(net, args, images, masks, lpips, inception, rank, world):
 def evaluate(args):
     """--eval: a Markdown table with a row a checkpoint on the screen, eval.json and a picture each in --out.
 
-    The conventions are those of the paper's figures: posterior mean; PSNR of uint8 images, averaged; SSIM over a
-    range of 2 and LPIPS on what the decoder gives, unclamped; rFID with pytorch-fid's resizing; L1 on [0, 1]. The
-    last is not stated, but the AE row's PSNR of 32.18 is a root mean square error of 0.025 on [0, 1] and of 0.049
-    on [-1, 1]: its L1 of 0.0218 is near the former, as of photographs, and less than half of the latter.
+    The paper's conventions: posterior mean; PSNR of uint8 images, averaged; SSIM over a range of 2 and LPIPS on
+    what the decoder gives, unclamped; rFID with pytorch-fid's resizing; L1 on [0, 1]. That is not stated, but
+    the AE row's PSNR of 32.18 is a root mean square error of 0.025 on [0, 1] and of 0.049 on [-1, 1]; its L1 of
+    0.0218 goes with the former (README).
     """
     if not args.ckpt:
         sys.exit("--eval needs --ckpt CKPT [CKPT ...]")
@@ -555,11 +551,12 @@ def evaluate(args):
         net.decode(z).sum().item()
         parameters = sum(p.numel() for p in net.parameters())
         rows.append({"autoencoder": name, "parameters": parameters, "MiB": parameters * 4 / 2 ** 20,
-                     "GFLOPs encode": gflops(net, x[:1], method="encode"), "decode":
-                     gflops(net, z[:1], method="decode"), "images/s": len(x) / (time.time() - start), **quality})
+                     "GFLOPs encode": gflops(net, x[:1], method="encode"),
+                     "decode": gflops(net, z[:1], method="decode"),
+                     "images/s": len(x) / (time.time() - start), **quality})
     if rank == 0:
         print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        show = lambda value: "-" if value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
+        show = lambda v: "-" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v)
         for row in rows:
             cells = [value if isinstance(value, list) else [value] for value in row.values()]
             print("| " + " | ".join(", ".join(map(show, cell)) for cell in cells) + " |")

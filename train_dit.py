@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
-from train_ae import (Batches, Images, center_crop, count, floats, generator, introduce, load_batches, log,
+from train_ae import (Batches, Images, center_crop, count, generator, introduce, load_batches, log,
                       or_exit, parse_args, rewind_log, save, settings, setup, training_keys)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
@@ -56,7 +56,7 @@ FLAGS = {
         ("micro_batch", count, 64, 32,
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
         ("lr", float, 2e-3, 2e-4, "constant, S"),
-        ("betas", floats, [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
+        ("betas", [float], [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
         ("ema", float, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
     ],
     "sampling, for samples.png and as defaults of sample.py": [

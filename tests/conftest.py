@@ -102,7 +102,7 @@ def folder(tmp_path_factory):
     return root
 
 TINY_VIT = ("--hidden_size", 32, "--depth", 1, "--decoder_depth", 1, "--num_heads", 2)
-TINY_CONV = ("--channels", "32,32")
+TINY_CONV = ("--channels", 32, 32)
 
 @pytest.fixture(scope="session")
 def tiny_vmae(tmp_path_factory):

@@ -315,7 +315,7 @@ def wrong_autoencoder_runs(tmp):
     yield ("--model", "ae", "--image_size", 30), "multiple"
     yield ("--mask_ratio", 0.99), "leaves 0 of"
     yield ("--batch", 10, "--micro_batch", 3), "does not divide"
-    yield ("--model", "ae", "--channels", "30,30"), "32"
+    yield ("--model", "ae", "--channels", 30, 30), "32"
     yield ("--hidden_size", 30), "30"
     yield ("--resume",), "no checkpoint file"
     yield ("--steps", 0), "--steps"
