@@ -102,7 +102,7 @@ FLAGS = {
     "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
         ("eval", bool, False, False, "instead of training: a table, eval.json and a picture each"),
         ("ckpt", [str], None, None, "checkpoints, ours, the authors' VMAE or diffusers' AutoencoderKL"),
-        ("masks", str, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's, for sigma2, rho"),
+        ("masks", str, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
         ("inception", str, None, None, "file of Inception's weights, for rFID; default: downloaded once"),
         ("half_pixel", int, 1, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
     ],
@@ -376,11 +376,11 @@ def schedule(args, step, warmup):
         return args.lr
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
 
-def preview_images(args):
-    """Ten images for pictures (10, 3, S, S): held-out digits, or spread over the folder."""
-    images = Images(args.data, held_out=True)
-    picked = [center_crop(images[i * len(images) // 10], args.image_size) for i in range(10)]
-    return torch.from_numpy(np.stack(picked)).permute(0, 3, 1, 2).to(args.device).float() / 127.5 - 1
+def preview_images(images, args):
+    """Ten images for pictures (10, 3, S, S), spread over all."""
+    dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, False))
+    x, _ = next(load_batches(dataset, [[(i * len(images) // 10, 0, False) for i in range(10)]], args))
+    return x
 
 @torch.no_grad()
 def draw_reconstructions(net, x, args):
@@ -513,10 +513,9 @@ def judge(net, args, images, masks, lpips, inception, rank, world):
 def evaluate(args):
     """--eval: a Markdown table with a row a checkpoint on the screen, eval.json and a picture each in --out.
 
-    The paper's conventions: posterior mean; PSNR of uint8 images, averaged; SSIM over a range of 2 and LPIPS on
-    what the decoder gives, unclamped; rFID with pytorch-fid's resizing; L1 on [0, 1]. That is not stated, but
-    the AE row's PSNR of 32.18 is a root mean square error of 0.025 on [0, 1] and of 0.049 on [-1, 1]; its L1 of
-    0.0218 goes with the former (README).
+    The paper's conventions: posterior mean; PSNR of uint8 images, averaged; SSIM over a range of 2 and LPIPS
+    on unclamped decodings; rFID with pytorch-fid's resizing. L1's scale is not stated: the AE row's PSNR, 32.18,
+    is a root mean square error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1, 0.0218, goes with the first.
     """
     if not args.ckpt:
         sys.exit("--eval needs --ckpt CKPT [CKPT ...]")
@@ -540,7 +539,7 @@ def evaluate(args):
         net = or_exit(ae.load, path).to(args.device)
         args.image_size = getattr(net, "image_size", image_size)   # a ViT has its own
         quality, std = judge(net, args, images, masks, lpips, inception, rank, world)
-        x = preview_images(args)
+        x = preview_images(images, args)
         name = os.path.basename(os.path.dirname(os.path.abspath(path)))
         columns = [ae.to_uint8(image) for image in [x, *perturbed(net, x, std, args, range(len(x)))]]
         if rank == 0:
@@ -639,7 +638,7 @@ def main():
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
         rewind_log(args, start)
-        preview = preview_images(args)
+        preview = preview_images(Images(held_out=True) if images.digits else images, args)
 
     dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, not images.digits))
     batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
