@@ -21,7 +21,6 @@ import math
 import os
 import pickle
 import struct
-import urllib.error
 import warnings
 
 import numpy as np
@@ -31,7 +30,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 # what torch.load raises on files that it did not write, or that lost a part
-NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
+NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error,
+                 AttributeError, TypeError)
 
 class Posterior:
     """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
@@ -102,34 +102,35 @@ class Level(nn.Module):
     """
     def __init__(self, a, b, depth, kind):
         super().__init__()
+        down = [nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, stride=2)})]
+        up = [nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, padding=1)})]
         self.resnets = nn.ModuleList(ResnetBlock(b if i else a, b) for i in range(depth))
-        if kind == "middle":
-            self.attentions = nn.ModuleList([SpatialAttention(b)])
-        if kind == "down":
-            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, stride=2)})])
-        if kind == "up":
-            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, padding=1)})])
+        self.attentions = nn.ModuleList([SpatialAttention(b)] if kind == "middle" else [])
+        self.downsamplers = nn.ModuleList(down if kind == "down" else [])
+        self.upsamplers = nn.ModuleList(up if kind == "up" else [])
 
     def forward(self, x):
         x = self.resnets[0](x)
-        if hasattr(self, "attentions"):
-            x = self.attentions[0](x)
-        for block in self.resnets[1:]:
-            x = block(x)
-        if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))   # right and bottom only
-        if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        for layer in (*self.attentions, *self.resnets[1:]):
+            x = layer(x)
+        for layer in self.downsamplers:
+            x = layer["conv"](F.pad(x, (0, 1, 0, 1)))   # right and bottom only
+        for layer in self.upsamplers:
+            x = layer["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
+
+def levels(channels, depth, kind):
+    """Level after level through the widths; all but the last change the resolution."""
+    kinds = [kind] * (len(channels) - 1) + [None]
+    steps = zip([channels[0], *channels], channels, kinds)
+    return nn.ModuleList(Level(a, b, depth, kind) for a, b, kind in steps)
 
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> moments (B, 2 * latent_dim, H/f, W/f), f = 2^(levels - 1)."""
     def __init__(self, channels, latent_dim):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        kinds = ["down"] * (len(channels) - 1) + [None]
-        levels = zip([channels[0], *channels], channels, kinds)
-        self.down_blocks = nn.ModuleList(Level(a, b, 2, kind) for a, b, kind in levels)
+        self.down_blocks = levels(channels, 2, "down")
         self.mid_block = Level(channels[-1], channels[-1], 2, "middle")
         self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1)
@@ -147,9 +148,7 @@ class Decoder(nn.Module):
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_dim, channels[0], 3, padding=1)
         self.mid_block = Level(channels[0], channels[0], 2, "middle")
-        kinds = ["up"] * (len(channels) - 1) + [None]
-        levels = zip([channels[0], *channels], channels, kinds)
-        self.up_blocks = nn.ModuleList(Level(a, b, 3, kind) for a, b, kind in levels)
+        self.up_blocks = levels(channels, 3, "up")
         self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
@@ -342,7 +341,8 @@ class MAE(nn.Module):
     def embed(self, x):
         """Images -> patch tokens with positions (B, L, D)."""
         if x.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels")
+            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels: "
+                             f"--image_size {self.image_size}")
         return self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
 
     def encode_tokens(self, tokens):
@@ -448,17 +448,17 @@ def lpips_vgg():
     url = VGG16_Weights.IMAGENET1K_V1.url
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     advice = f"put {url} into {folder}, or train without it: --lpips 0"
-    try:
-        vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except urllib.error.URLError as error:
-        raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error.reason}): {advice}")
-    except NO_CHECKPOINT:
-        raise ValueError(f"{os.path.join(folder, os.path.basename(url))} is damaged: {advice}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # lpips calls torchvision the old way, and would unpickle freely:
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)   # pnet_rand leaves VGG16 to us
-    for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
-        parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
+    try:
+        vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
+            parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
+    except OSError as error:
+        raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}")
+    except NO_CHECKPOINT:
+        raise ValueError(f"{os.path.join(folder, os.path.basename(url))} is damaged: {advice}")
     return net.eval().requires_grad_(False)
 
 def read_checkpoint(path):
@@ -482,33 +482,34 @@ def load(path):
 
 def from_checkpoint(ckpt, path="checkpoint"):
     """As load, from a dict in memory; `path` is for messages."""
-    state = ckpt.get("model", ckpt)
-    state = {key: value for key, value in state.items() if not key.startswith("perceptual_loss.")}
-    if ckpt.get("kind") == "autoencoder":
-        name, config = ckpt["name"], ckpt["config"]
-    elif "x_embedder.proj.weight" in state:
-        raise ValueError(f"{path} holds a DiT, not an autoencoder: it belongs behind sample.py --ckpt")
-    elif "patch_embed.proj.weight" in state:   # the authors' VMAE
-        hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        depths = [sum(key.startswith(p) and key.endswith("norm1.weight") for key in state)
-                  for p in ("blocks.", "decoder_blocks.")]
-        name = "vmae"   # the number of heads cannot be read off the tensors: 12 in all that were released
-        config = {"image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-                  "patch_size": patch_size, "hidden_size": hidden_size, "depth": depths[0],
-                  "decoder_depth": depths[1], "latent_dim": state["from_latent.weight"].shape[1]}
-    elif "encoder.conv_in.weight" in state:   # diffusers' AutoencoderKL
-        levels = sum(key.endswith("resnets.0.conv1.weight") and ".down_blocks." in key for key in state)
-        channels = [len(state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels)]
-        name, config = "sdvae", {"channels": channels, "latent_dim": state["decoder.conv_in.weight"].shape[1]}
-    else:
-        raise ValueError(f"{path} holds no autoencoder that this program knows")
-    model = MODELS[name](**config)
-    if name == "vmae":
-        state.setdefault("mask_token", model.mask_token.data)   # files for generation lack it
     try:
+        state = ckpt.get("model", ckpt)
+        if "x_embedder.proj.weight" in state:
+            raise ValueError(f"{path} holds a DiT, not an autoencoder: it belongs behind sample.py --ckpt")
+        state = {key: value for key, value in state.items() if not key.startswith("perceptual_loss.")}
+        if ckpt.get("kind") == "autoencoder":
+            name, config = ckpt["name"], ckpt["config"]
+        elif "from_latent.weight" in state:   # the authors' VMAE; all released have 12 heads
+            hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+            depths = [sum(key.startswith(p) and key.endswith("norm1.weight") for key in state)
+                      for p in ("blocks.", "decoder_blocks.")]
+            name, config = "vmae", {
+                "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+                "patch_size": patch_size, "hidden_size": hidden_size, "depth": depths[0],
+                "decoder_depth": depths[1], "latent_dim": state["from_latent.weight"].shape[1]}
+        elif "encoder.conv_in.weight" in state:   # diffusers' AutoencoderKL
+            depth = sum(key.endswith("resnets.0.conv1.weight") and ".down_blocks." in key for key in state)
+            channels = [len(state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(depth)]
+            latent_dim = state["decoder.conv_in.weight"].shape[1]
+            name, config = "sdvae", {"channels": channels, "latent_dim": latent_dim}
+        else:
+            raise ValueError(f"{path} holds no autoencoder that this program knows")
+        model = MODELS[name](**config)
+        if name == "vmae":
+            state.setdefault("mask_token", model.mask_token.data)   # files for generation lack it
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {name} {config}: {' '.join(str(error).split())[:300]}")
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit any autoencoder here: {' '.join(str(error).split())[:300]}")
     model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model" a checkpoint
     return model.eval()
 

@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # what torch.load raises on files that it did not write, or that lost a part
-NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
+NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error,
+                 AttributeError, TypeError)
 
 class RMSNorm(nn.Module):
     """x / rms(x) over the last dimension, times a learned weight; in float32 whatever the autocast."""
@@ -235,13 +236,13 @@ def load(path):
     if not isinstance(weights, dict) or not any(key.endswith("x_embedder.proj.weight") for key in weights):
         raise ValueError(f"{path} holds no DiT: an autoencoder belongs behind train_dit.py --ae")
     weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
-    if info.get("kind") == "dit":
-        model = DiT_models[info["dit_config"].pop("name")](**info["dit_config"])
-    else:
-        model = DiT(**config_of(weights))
     try:
+        if info.get("kind") == "dit":
+            model = DiT_models[info["dit_config"].pop("name")](**info["dit_config"])
+        else:
+            model = DiT(**config_of(weights))
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not fit this DiT: {' '.join(str(error).split())[:300]}")
     return model.eval(), info
 

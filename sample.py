@@ -2,10 +2,11 @@
 
     python sample.py                                             the demo's digits, a row a class
     python sample.py --ckpt out/dit/ckpt.pt --labels 130,88      a grid of two classes
-    torchrun --nproc_per_node=8 sample.py --ckpt out/dit/ckpt.pt --num 50000     samples.npz for fid.py
+    torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     samples.npz for fid.py
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt     weights of others
 
-Sample i depends on --seed and i alone, not on the number of processes or the batch.
+Sample i depends on --seed and i alone, not on the number of processes or the batch. (The -- keeps torchrun
+from taking --num for an abbreviation of a flag of its own.)
 """
 
 import argparse
@@ -50,13 +51,18 @@ def parse_args():
     add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
     add("--ae", help="checkpoint of the autoencoder")
     add("--stats", help="PyTorch file with the latents' mean and std per channel, a dict with these keys")
-    return parser.parse_args()
+    args = parser.parse_args()
+    least = {"num": 1, "columns": 1, "batch": 1, "steps": 1, "seed": 0, "cfg_channels": 0, "shift": 1e-9}
+    for name, low in least.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
+            sys.exit(f"--{name} {getattr(args, name)} is too small: {low} at least")
+    return args
 
-def or_exit(function, *args):
+def or_exit(function, *args, **kwargs):
     """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
     try:
-        return function(*args)
-    except (FileNotFoundError, ValueError) as error:
+        return function(*args, **kwargs)
+    except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
 
 def load(args):
@@ -72,7 +78,12 @@ def load(args):
     prefix = "latent_" if args.stats is None else ""
     if prefix + "mean" not in stats or prefix + "std" not in stats:
         sys.exit(f"{args.stats or args.ckpt} carries no latent mean and std: name them by --stats")
-    mean, std = (stats[prefix + name].float().view(-1, 1, 1).to(args.device) for name in ("mean", "std"))
+    mean, std = (torch.as_tensor(stats[prefix + name]).float().view(-1, 1, 1) for name in ("mean", "std"))
+    channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
+    fits = channels == autoencoder.latent_dim == len(mean) == len(std)
+    if not fits or size != getattr(autoencoder, "grid", size):
+        sys.exit(f"the DiT draws latents of {channels} channels and {size} x {size} positions, which the "
+                 "autoencoder or the statistics do not fit")
     names = info.get("class_names", [""] * model.num_classes)
     defaults = info["args"] if info.get("kind") == "dit" else PAPER
     if model.class_dropout_prob == 0:
@@ -80,9 +91,10 @@ def load(args):
     given = {"sample_steps": args.steps, "cfg_scale": args.cfg_scale, "cfg_channels": args.cfg_channels,
              "cfg_start": args.cfg_start, "shift": args.shift}
     settings = {name: defaults[name] if value is None else value for name, value in given.items()}
-    if settings["sample_steps"] < 1:
-        sys.exit("--steps is at least 1")
-    return model.to(args.device), autoencoder.to(args.device), mean, std, names, settings
+    if settings["cfg_scale"] > 1 and model.class_dropout_prob == 0:
+        sys.exit("--cfg_scale above 1 needs a DiT of several classes that was trained with dropped labels")
+    device = args.device
+    return model.to(device), autoencoder.to(device), mean.to(device), std.to(device), names, settings
 
 @torch.no_grad()
 def draw(loaded, args, indices, labels):
@@ -90,9 +102,9 @@ def draw(loaded, args, indices, labels):
     model, autoencoder, mean, std, _, settings = loaded
     channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
     rngs = [np.random.default_rng((args.seed, index)) for index in indices]
+    noise = np.stack([rng.standard_normal((channels, size, size), dtype=np.float32) for rng in rngs])
     drawn = [args.labels[rng.integers(len(args.labels))] for rng in rngs]
     y = torch.tensor(drawn if labels is None else labels, device=args.device)
-    noise = np.stack([rng.standard_normal((channels, size, size), dtype=np.float32) for rng in rngs])
     z = dit.sample(model, torch.from_numpy(noise).to(args.device), y, *settings.values())
     return ae.to_uint8(autoencoder.decode(z * std + mean)), y.cpu().numpy()
 
@@ -118,19 +130,24 @@ def draw_npz(loaded, args, rank, world):
     """
     path, parts = os.path.join(args.out, "samples.npz"), os.path.join(args.out, "samples.parts")
     wanted = {"ckpt": os.path.realpath(args.ckpt), "modified": os.path.getmtime(args.ckpt), "num": args.num,
-              "seed": args.seed, "labels": args.labels, **loaded[5]}
+              "seed": args.seed, "labels": args.labels, "ae": args.ae, "stats": args.stats, **loaded[5]}
     record = os.path.join(parts, "settings.json")
     if rank == 0 and not os.path.exists(record):
         os.makedirs(parts, exist_ok=True)
-        with open(record, "w") as file:
+        with open(record + ".tmp", "w") as file:
             json.dump(wanted, file)
+        os.replace(record + ".tmp", record)
     if world > 1:
         dist.barrier()
     if json.load(open(record)) != wanted:
         sys.exit(f"{parts} holds part of a run with other settings: finish that one, or remove the folder")
     files = [os.path.join(parts, f"{k:06}.npz") for k in range(-(-args.num // PART))]
-    mine = [k for k in range(rank, len(files), world) if not os.path.exists(files[k])]
-    bar = tqdm(total=len(mine) * PART, desc="drawing", unit=" samples", disable=rank > 0)
+    missing = [k for k in range(len(files)) if not os.path.exists(files[k])]
+    if world > 1:
+        dist.barrier()   # all have looked
+    mine = missing[rank::world]
+    total = sum(min(PART, args.num - k * PART) for k in mine)
+    bar = tqdm(total=total, desc=f"rank 0 of {world}", unit=" samples", disable=rank > 0)
     for k in mine:
         images, labels = [], []
         for i in range(k * PART, min(args.num, (k + 1) * PART), args.batch):
@@ -161,22 +178,25 @@ def draw_npz(loaded, args, rank, world):
 def main():
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device is None:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high" if args.device.startswith("cuda") else "highest")   # TF32
+    if args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = args.device or "cpu"
+    if args.device not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        sys.exit(f"--device {args.device} is not there: PyTorch finds {torch.cuda.device_count()} GPUs")
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)
+        torch.set_float32_matmul_precision("high")   # TF32
     args.out = args.out or os.path.dirname(args.ckpt) or "."
     loaded = load(args)
     classes = len(loaded[4])
     try:
-        args.labels = [int(label) for label in args.labels.split(",")] if args.labels else None
+        args.labels = [int(label) for label in args.labels.split(",")] if args.labels is not None else None
     except ValueError:
         sys.exit("--labels takes class numbers, such as 130,88")
     if args.labels and not all(0 <= label < classes for label in args.labels):
         sys.exit(f"--labels: this model has classes 0 to {classes - 1}")
-    os.makedirs(args.out, exist_ok=True)
+    or_exit(os.makedirs, args.out, exist_ok=True)
     if args.num is not None:
-        if args.num < 1:
-            sys.exit("--num is at least 1")
         args.labels = args.labels or list(range(classes))
         if world > 1:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")

@@ -12,6 +12,7 @@ Writes ckpt.pt, log.jsonl and recon.png (originals above reconstructions) into -
 
 import argparse
 import copy
+import datetime
 import functools
 import glob
 import json
@@ -23,7 +24,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -33,13 +33,19 @@ from torchvision.transforms import RandomResizedCrop
 import ae
 import fid
 
-def count(text):
-    """The type of a flag that is a whole number above 0."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(low, high=math.inf, kind=float):
+    """The type of a flag: a number from low to high."""
+    def check(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    check.__name__ = kind.__name__   # for argparse's own message
+    return check
 
-# A flag a line: name, type ([type]: several, a tuple: choices), default without --data (demo), default with
+count, natural, switch = number(1, kind=int), number(0, kind=int), number(0, 1, int)
+share, positive, weight = number(0, 1), number(1e-9), number(0)
+
+# A flag a line: name, type ([type]: several; a tuple: choices), default without --data (demo), default with
 # --data (paper), help. A dict holds defaults by model, "tune" with --tune_decoder, "*" else. Sources:
 # S supplement, R authors' release, V VQGAN and latent diffusion, O our choice.
 FLAGS = {
@@ -48,11 +54,11 @@ FLAGS = {
         ("out", str, "out/demo/{model}", "out/{model}", "folder for checkpoint, log and pictures"),
         ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
         ("init", str, None, None, "checkpoint to start the weights from, of any image size"),
-        ("seed", int, 0, 0, "of everything random"),
+        ("seed", natural, 0, 0, "of everything random"),
         ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
         ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
-        ("compile", int, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
-        ("workers", int, 0, 8, "processes a rank that decode images"),
+        ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
+        ("workers", natural, 0, 8, "processes a rank that decode images"),
         ("log_every", count, 50, 50, "steps between log lines"),
         ("ckpt_every", count, 200, 1000, "steps between checkpoints and pictures"),
     ],
@@ -69,42 +75,42 @@ FLAGS = {
     ],
     "objective (visible, masked, kl, lpips, disc_weight are weights of terms)": [
         ("tune_decoder", bool, False, False, "vmae's last stage: encoder frozen, no mask, MSE + LPIPS, R"),
-        ("mask_ratio", float, 0.6, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
+        ("mask_ratio", share, 0.6, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
         ("recon", ("mse", "l1"), "mse", "mse", "conv: reconstruction, eq. 3's or V's"),
-        ("noise_std", float, 0.1, 0.1, "dae: std of the corruption, O"),
-        ("visible", float, 0.5, 0.5, "vmae: MSE of visible patches, R"),
-        ("masked", float, {"*": 0.5, "mae": 1.0}, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
-        ("kl", float, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6},
+        ("noise_std", weight, 0.1, 0.1, "dae: std of the corruption, O"),
+        ("visible", weight, 0.5, 0.5, "vmae: MSE of visible patches, R"),
+        ("masked", weight, {"*": 0.5, "mae": 1.0}, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
+        ("kl", weight, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6},
          "KL: sdvae V rescaled, vae O, vmae R"),
-        ("prior_std", float, 1.0, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
-        ("lpips", float, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5, "tune": 10.0},
+        ("prior_std", positive, 1.0, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
+        ("lpips", weight, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5, "tune": 10.0},
          "LPIPS: sdvae V, vmae R, demo without"),
-        ("disc_weight", float, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
+        ("disc_weight", weight, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
         ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
         ("disc_loss", ("hinge", "vanilla"), "hinge", "hinge", "sdvae: V's or eq. 6's"),
     ],
     "optimisation": [
-        ("epochs", float, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400, "tune": 10},
+        ("epochs", positive, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400, "tune": 10},
          "ViT R, conv O"),
         ("steps", count, None, None, "optimiser steps; default: from --epochs"),
-        ("warmup", float, 1, {"*": 1, "mae": 10, "vmae": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
+        ("warmup", weight, 1, {"*": 1, "mae": 10, "vmae": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
         ("schedule", ("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "ViT R, conv O"),
         ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256},
          "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128, "tune": 32},
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
-        ("base_lr", float, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3},
+        ("base_lr", weight, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3},
          {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4, "tune": 1e-5}, "learning rate at batch 256, S, tune R"),
-        ("lr", float, None, None, "learning rate; default: base_lr * batch / 256"),
-        ("betas", [float], [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, else O"),
-        ("weight_decay", float, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
+        ("lr", weight, None, None, "learning rate; default: base_lr * batch / 256"),
+        ("betas", [share, share], [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, O"),
+        ("weight_decay", weight, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
     "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
         ("eval", bool, False, False, "instead of training: a table, eval.json and a picture each"),
         ("ckpt", [str], None, None, "checkpoints, ours, the authors' VMAE or diffusers' AutoencoderKL"),
         ("masks", str, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
         ("inception", str, None, None, "file of Inception's weights, for rFID; default: downloaded once"),
-        ("half_pixel", int, 1, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
+        ("half_pixel", switch, 1, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
     ],
 }
 CONV = ("channels", "latent_dim", "recon")
@@ -115,14 +121,14 @@ ARGUMENTS = {"ae": CONV, "dae": (*CONV, "noise_std"), "vae": CONV, "sdvae": CONV
 
 # ---- Settings, shared with train_dit.py ----
 
-FREE_ON_RESUME = {"data", "out", "resume", "device", "dtype", "compile", "workers", "steps", "micro_batch",
-                  "log_every", "ckpt_every"}   # may differ from the run that is resumed
+FREE_ON_RESUME = {"data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers",
+                  "steps", "micro_batch", "log_every", "ckpt_every"}   # may differ from the resumed run's
 
 def or_exit(function, *args, **kwargs):
     """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
     try:
         return function(*args, **kwargs)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 def parse_args(doc, flags, kind):
@@ -143,10 +149,11 @@ def parse_args(doc, flags, kind):
             shown = [", ".join(f"{model} {x}".removeprefix("* ") for model, x in value.items())
                      if isinstance(value, dict) else value for value in (demo, paper)]
             text += f" (demo: {shown[0]}; paper: {shown[1]})"
+        how = {"type": type_}
         if isinstance(type_, tuple):
             how = {"choices": type_}
-        else:
-            how = {"type": type_[0], "nargs": "+"} if isinstance(type_, list) else {"type": type_}
+        elif isinstance(type_, list):
+            how = {"type": type_[0], "nargs": len(type_) if len(type_) > 1 else "+"}
         groups[title].add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
 
@@ -159,50 +166,54 @@ def parse_args(doc, flags, kind):
     path, ckpt = os.path.join(args["out"], "ckpt.pt"), None
     if args["resume"]:
         ckpt = or_exit(ae.read_checkpoint, path)
-        if ckpt.get("kind") != kind:
+        if ckpt.get("kind") != kind or "args" not in ckpt:
             sys.exit(f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out")
         saved = ckpt["args"]
         for name in sorted(given.keys() & saved.keys() - FREE_ON_RESUME):
             if given[name] != saved[name]:
                 sys.exit(f"{path} is of a run with --{name} {saved[name]}, not {given[name]}: leave the flag "
                          "out to resume it, or start afresh in another --out")
-        args = {**args, **saved, **given}
+        args = {**args, **saved, **given, "out": args["out"]}
     elif os.path.exists(path) and "eval" not in given:
         sys.exit(f"{path} exists: go on with --resume, or choose another --out")
     return argparse.Namespace(**args, given=set(given)), ckpt
 
 def settings(args):
     """What a checkpoint keeps of the flags: plain values by name."""
-    return {name: value for name, value in vars(args).items() if name not in ("given", "resume", "device")}
+    passing = ("given", "resume", "device", "autocast", "compiled")
+    return {name: value for name, value in vars(args).items() if name not in passing}
 
 def setup(args):
     """Device, precision, process group, micro-batch: completes args, returns rank and number of processes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device is None:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    cuda = args.device.startswith("cuda")
-    if args.device != "cpu" and not (cuda and torch.cuda.is_available()):
-        sys.exit(f"--device {args.device} is not there: cpu, or cuda where PyTorch finds a GPU")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.compile = int(cuda) if args.compile is None else args.compile
+    if rank == 0:
+        print("paper settings" if args.data else "demo settings, for want of --data", flush=True)
+    if args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = args.device or "cpu"
+    if args.device not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        sys.exit(f"--device {args.device} is not there: PyTorch finds {torch.cuda.device_count()} GPUs")
+    cuda = args.device != "cpu"
+    args.autocast = (args.dtype or ("bfloat16" if cuda else "float32")) == "bfloat16"
+    args.compiled = bool(cuda if args.compile is None else args.compile)
     if cuda:
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")   # TF32 for what stays float32
     if args.batch % world:
         sys.exit(f"--batch {args.batch} does not divide over {world} processes")
-    share = args.batch // world   # images of one process in a step
-    if "micro_batch" in args.given and share % args.micro_batch:
-        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {share} images of a process a step")
-    args.micro_batch = max(m for m in range(1, min(args.micro_batch, share) + 1) if share % m == 0)
-    os.makedirs(args.out, exist_ok=True)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    part = args.batch // world   # images of one process in a step
+    if "micro_batch" in args.given and part % args.micro_batch:
+        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {part} images of a process in a step")
+    args.micro_batch = max(m for m in range(1, min(args.micro_batch, part) + 1) if part % m == 0)
+    or_exit(os.makedirs, args.out, exist_ok=True)
+    if world > 1:   # the others wait while rank 0 draws pictures, or one fills the cache's last shard
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=6))
     return rank, world
 
 def introduce(args, images, world, net, *inputs):
     """The settings in force, the data, the size of the network and its cost on one image, the inputs."""
-    print(f"{'paper settings' if args.data else 'demo settings, for want of --data'}; in force: "
-          + "  ".join(f"{name} {value}" for name, value in settings(args).items()))
+    print("  ".join(f"{name} {value}" for name, value in settings(args).items()) + f"  device {args.device}  "
+          f"{'bfloat16' if args.autocast else 'float32'}{', compiled' if args.compiled else ''}")
     print(f"{len(images):,} images of {len(images.classes)} classes, {args.data or 'the bundled digits'}; "
           f"{args.steps:,} steps of {args.batch} on {world} processes, {args.micro_batch} at once")
     parameters = sum(p.numel() for p in net.parameters())
@@ -244,8 +255,9 @@ def rewind_log(args, step):
     """Drop the lines after a step, which a resumed run writes again."""
     path = os.path.join(args.out, "log.jsonl")
     lines = open(path).readlines() if os.path.exists(path) else []
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]   # else torn
     with open(path, "w") as file:
-        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+        file.writelines(lines)
 
 # ---- Images, shared with train_dit.py ----
 
@@ -322,20 +334,20 @@ class Batches(torch.utils.data.Dataset):
         self.images, self.transform, self.limit = images, transform, tolerate * len(images)
 
     def __getitem__(self, keys):
-        pixels, labels, bad = [], [], []
+        pixels, labels, bad = [], [], set()
         for index, *key in keys:
             image = None
             while image is None and len(bad) <= self.limit:
                 try:
                     image = self.images[index]
                 except UNREADABLE:
-                    bad.append(index)
+                    bad.add(index)
                     index = (index + 1) % len(self.images)
             if image is None:
-                return 0, 0, bad
+                return 0, 0, sorted(bad)
             pixels.append(np.asarray(self.transform(image, index, *key)))
             labels.append(self.images.labels[index])
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), bad
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), sorted(bad)
 
 def load_batches(dataset, keys, args):
     """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device; workers work ahead."""
@@ -343,9 +355,9 @@ def load_batches(dataset, keys, args):
                                          pin_memory=args.device.startswith("cuda"))
     bad = set()
     for x, y, unreadable in loader:
-        for index in sorted(set(unreadable) - bad):
+        for index in set(unreadable) - bad:
             print(f"warning: {dataset.images.files[index]} cannot be read, it is skipped", file=sys.stderr)
-        bad |= set(unreadable)
+        bad.update(unreadable)
         if len(bad) > dataset.limit:
             sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than "
                      f"{dataset.limit / len(dataset.images):.0%}: remove them")
@@ -359,10 +371,10 @@ def training_keys(args, n, rank, world, start):
     The epochs' orders, by (seed, epoch), stand one behind the other; a step takes the next `batch` images.
     """
     order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(n))
-    share = args.batch // world
+    part = args.batch // world
     for step in range(start, args.steps):
         flips = torch.rand(args.batch, generator=generator("cpu", args.seed, step, 1)) < 0.5
-        for row in range(rank * share, (rank + 1) * share, args.micro_batch):
+        for row in range(rank * part, (rank + 1) * part, args.micro_batch):
             places = [step * args.batch + row + i for i in range(args.micro_batch)]
             yield [(int(order(p // n)[p % n]), p // n, bool(flips[p % args.batch])) for p in places]
 
@@ -387,8 +399,7 @@ def draw_reconstructions(net, x, args):
     """recon.png: originals, reconstructions; of a ViT also what it sees in training, and its prediction."""
     rows = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if "mask_ratio" in ARGUMENTS[args.model]:
-        draws = net.randomness(len(x), args.image_size, generator("cpu", args.seed))
-        draws = {name: value.to(args.device) for name, value in draws.items()}
+        draws = net.randomness(len(x), args.image_size, generator(args.device, args.seed))
         prediction, _, mask = net.masked_pass(x, **draws)
         mask = mask.view(-1, 1, net.grid, net.grid)
         mask = mask.repeat_interleave(net.patch_size, 2).repeat_interleave(net.patch_size, 3)
@@ -514,7 +525,7 @@ def evaluate(args):
     """--eval: a Markdown table with a row a checkpoint on the screen, eval.json and a picture each in --out.
 
     The paper's conventions: posterior mean; PSNR of uint8 images, averaged; SSIM over a range of 2 and LPIPS
-    on unclamped decodings; rFID with pytorch-fid's resizing. L1's scale is not stated: the AE row's PSNR, 32.18,
+    on unclamped decodings; rFID with pytorch-fid's resizing. L1's scale is not stated: the AE's PSNR, 32.18,
     is a root mean square error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1, 0.0218, goes with the first.
     """
     if not args.ckpt:
@@ -597,6 +608,8 @@ def main():
             parameter.requires_grad_(tuned)
     if args.image_size % net.patch_size:
         sys.exit(f"--image_size {args.image_size} is not a multiple of {net.patch_size}")
+    if args.model == "sdvae" and args.image_size < 24:
+        sys.exit(f"--image_size {args.image_size} is too small for sdvae's discriminator: 24 at least")
     perceptual = None
     if args.lpips > 0:
         lpips = or_exit(ae.lpips_vgg).to(args.device)
@@ -609,7 +622,7 @@ def main():
     if args.model == "sdvae":
         disc = ae.Discriminator().to(args.device)
         if world > 1 and args.device.startswith("cuda"):
-            disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
+            disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_optimizer = torch.optim.AdamW(disc.parameters(), args.lr, args.betas, weight_decay=0, fused=True)
 
     start = 0
@@ -626,15 +639,15 @@ def main():
             disc.load_state_dict(ckpt["disc"])
             disc_optimizer.load_state_dict(ckpt["disc_optimizer"])
 
-    if args.compile:
+    if args.compiled:
         parts = [net]
         if args.model == "sdvae":   # adaptive_weight takes gradients at the last layer, not compiled
             parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
         for part in parts:
             part.compile()
     model = DistributedDataParallel(net) if world > 1 else net
-    share = args.batch // world
-    accumulate = share // args.micro_batch   # micro-batches a step
+    part = args.batch // world
+    accumulate = part // args.micro_batch   # micro-batches a step
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
         rewind_log(args, start)
@@ -648,22 +661,22 @@ def main():
         adversarial = args.model == "sdvae" and step + 1 >= args.disc_start
         draws = net.randomness(args.batch, args.image_size, generator(args.device, args.seed, step))
         totals = {}
-        for row in range(rank * share, (rank + 1) * share, args.micro_batch):
+        for row in range(rank * part, (rank + 1) * part, args.micro_batch):
             x, _ = next(batches)
             draw = {name: value[row:row + args.micro_batch] for name, value in draws.items()}
-            last = row + args.micro_batch == (rank + 1) * share
+            last = row + args.micro_batch == (rank + 1) * part
             model.require_backward_grad_sync = last   # gradients travel once a step
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.autocast):
                 loss, terms, x_hat = model(x, perceptual=perceptual, **draw)
                 if adversarial:   # the third term of eq. 6
                     disc.requires_grad_(False)   # its gradients are to come from its own loss alone
                     adv = ae.generator_loss(disc(x_hat).float())
-                    weight = ae.adaptive_weight(loss, adv, net.decoder.conv_out.weight)
-                    loss = loss + args.disc_weight * weight * adv
+                    adaptive = ae.adaptive_weight(loss, adv, net.decoder.conv_out.weight)
+                    loss = loss + args.disc_weight * adaptive * adv
                     disc.requires_grad_(True)
                     real, fake = disc(x).float(), disc(x_hat.detach()).float()
                     loss_d = ae.disc_loss(real, fake, args.disc_loss)
-                    terms |= {"adv": adv, "adaptive": weight, "disc": loss_d, "real": real.mean(),
+                    terms |= {"adv": adv, "adaptive": adaptive, "disc": loss_d, "real": real.mean(),
                               "fake": fake.mean()}
             (loss / accumulate).backward()
             if adversarial:

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
-from train_ae import (Batches, Images, center_crop, count, generator, introduce, load_batches, log,
-                      or_exit, parse_args, rewind_log, save, settings, setup, training_keys)
+from train_ae import (Batches, Images, center_crop, count, generator, introduce, load_batches, log, natural,
+                      or_exit, parse_args, positive, rewind_log, save, settings, setup, share, switch,
+                      training_keys, weight)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
 FLAGS = {
@@ -35,19 +36,19 @@ FLAGS = {
         ("cache", str, None, None, "folder for all images' moments, in 16 bit; none: encode on the fly"),
         ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
         ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
-        ("seed", int, 0, 0, "of everything random"),
+        ("seed", natural, 0, 0, "of everything random"),
         ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
         ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
-        ("compile", int, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
-        ("workers", int, 0, 8, "processes a rank that decode images or read the cache"),
+        ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
+        ("workers", natural, 0, 8, "processes a rank that decode images or read the cache"),
         ("log_every", count, 50, 50, "steps between log lines"),
         ("ckpt_every", count, 1000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [
         ("model", tuple(dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
-        ("image_size", count, 32, 256, "pixels a side, S"),
-        ("qk_norm", int, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
-        ("class_dropout", float, 0.1, 0.1, "share of labels dropped, of a single class none, R"),
+        ("image_size", count, 32, 256, "pixels a side, S; default of a ViT's latents: its own"),
+        ("qk_norm", switch, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
+        ("class_dropout", share, 0.1, 0.1, "share of labels dropped, of a single class none, R"),
         ("cosine_loss", bool, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
@@ -55,25 +56,25 @@ FLAGS = {
         ("batch", count, 64, 1024, "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 64, 32,
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
-        ("lr", float, 2e-3, 2e-4, "constant, S"),
-        ("betas", [float], [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
-        ("ema", float, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
+        ("lr", weight, 2e-3, 2e-4, "constant, S"),
+        ("betas", [share, share], [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
+        ("ema", share, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
     ],
     "sampling, for samples.png and as defaults of sample.py": [
         ("sample_steps", count, 100, 250, "Euler steps, S"),
-        ("cfg_scale", float, 1.2, 10.0, "guidance; 1, none, with a single class, R"),
-        ("cfg_channels", int, 16, 3, "latent channels that are guided, the first ones, R"),
-        ("cfg_start", float, 0.1, 0.1, "time from which on they are, R"),
-        ("shift", float, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),
+        ("cfg_scale", weight, 1.2, 10.0, "guidance; 1, none, with a single class, R"),
+        ("cfg_channels", natural, 16, 3, "latent channels that are guided, the first ones, R"),
+        ("cfg_start", share, 0.1, 0.1, "time from which on they are, R"),
+        ("shift", positive, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),
     ],
 }
 
 class Cache:
     """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
 
-    Shards of 1,024 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] the flips', and labels-00000.npy (n,).
+    Shards of 4,096 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] the flips', and labels-00000.npy (n,).
     """
-    shard = 1024
+    shard = 4096
     limit = 0   # of images that may be unreadable: they were replaced when it was written
 
     def __init__(self, folder, images):
@@ -84,18 +85,22 @@ class Cache:
 
     @functools.lru_cache(None)
     def open(self, kind, k):
-        return np.load(self.path(kind, k), mmap_mode="r")
+        return np.load(self.path(kind, k), mmap_mode="r" if kind == "moments" else None)
 
     def __getitem__(self, keys):
-        places = [(index // self.shard, index % self.shard, int(flip)) for index, _, flip in keys]
+        flipped = not self.images.digits   # digits never are
+        places = [(index // self.shard, index % self.shard, int(flip and flipped)) for index, _, flip in keys]
         moments = np.stack([self.open("moments", k)[row, flip] for k, row, flip in places])
         labels = [int(self.open("labels", k)[row]) for k, row, _ in places]
         return torch.from_numpy(moments), torch.tensor(labels), []
 
     def fill(self, source, encode, dataset, args, rank, world):
         """Write the shards that are missing, every world-th one; refuse a folder made from another source."""
-        os.makedirs(self.folder, exist_ok=True)
+        or_exit(os.makedirs, self.folder, exist_ok=True)
         path = os.path.join(self.folder, "source.json")
+        n = len(self.images)
+        missing = [k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))]
+        missing = missing[rank::world]
         if rank == 0 and not os.path.exists(path):
             with open(path + ".tmp", "w") as file:
                 json.dump(source, file, indent=1)
@@ -108,9 +113,6 @@ class Cache:
             if found.get(name) != value:
                 sys.exit(f"--cache {self.folder} was made with another {name}, {found.get(name)} and not "
                          f"{value}: choose another folder")
-        n = len(self.images)
-        mine = range(rank, -(-n // self.shard), world)
-        missing = [k for k in mine if not os.path.exists(self.path("moments", k))]
         rows = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
         keys = [[(i, 0, False) for i in rows[k][j:j + 64]]
                 for k in missing for j in range(0, len(rows[k]), 64)]
@@ -172,7 +174,8 @@ def draw_samples(ema, autoencoder, latent_mean, latent_std, args, class_names):
     noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed)).to(args.device)
     z = dit.sample(ema, noise, y, args.sample_steps, args.cfg_scale, args.cfg_channels, args.cfg_start,
                    args.shift)
-    images = ae.to_uint8(autoencoder.decode(z * latent_std + latent_mean))
+    images = [ae.to_uint8(autoencoder.decode(part)) for part in (z * latent_std + latent_mean).split(8)]
+    images = np.concatenate(images)
     ae.save_grid(os.path.join(args.out, "samples.png"), images.reshape(rows, 8, *images.shape[1:]),
                  [class_names[c] for c in classes])
 
@@ -196,8 +199,10 @@ def main():
 
     autoencoder = or_exit(ae.from_checkpoint, ckpt["ae"]) if ckpt else or_exit(ae.load, args.ae)
     autoencoder = autoencoder.to(args.device).requires_grad_(False)
+    if hasattr(autoencoder, "image_size") and "image_size" not in args.given:
+        args.image_size = autoencoder.image_size
     autocast = functools.partial(torch.autocast, args.device.split(":")[0], torch.bfloat16,
-                                 enabled=args.dtype == "bfloat16")
+                                 enabled=args.autocast)
 
     @torch.no_grad()
     def encode(x):
@@ -234,11 +239,12 @@ def main():
         net.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-    if args.compile:
+        del ckpt
+    if args.compiled:
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
-    share = args.batch // world
-    accumulate = share // args.micro_batch   # micro-batches a step
+    part = args.batch // world   # images of one process in a step
+    accumulate = part // args.micro_batch   # micro-batches a step
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, *args.latent_shape), torch.zeros(1),
                   torch.zeros(1, dtype=torch.long))
@@ -255,14 +261,14 @@ def main():
         t = torch.randn(args.batch, generator=draw, device=args.device).sigmoid()
         dropped = torch.rand(args.batch, generator=draw, device=args.device) < net.class_dropout_prob
         total = 0
-        for row in range(rank * share, (rank + 1) * share, args.micro_batch):
+        for row in range(rank * part, (rank + 1) * part, args.micro_batch):
             rows = slice(row, row + args.micro_batch)
             x, y = next(batches)
             x1 = (encode(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
             y = torch.where(dropped[rows], num_classes, y)   # the null class
             if rank == 0 and step == start and row == 0:
                 print(f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
-            model.require_backward_grad_sync = row + args.micro_batch == (rank + 1) * share   # once a step
+            model.require_backward_grad_sync = row + args.micro_batch == (rank + 1) * part   # once a step
             with autocast():
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
             (loss / accumulate).backward()

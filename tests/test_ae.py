@@ -299,6 +299,9 @@ class Evil:
     (lambda path: torch.save({"weight": torch.zeros(3)}, path), "no autoencoder"),
     (lambda path: torch.save({"model": {"x_embedder.proj.weight": torch.zeros(1)}}, path), "holds a DiT"),
     (lambda path: torch.save({"kind": "autoencoder", "name": "ae", "config": CONV, "model": {}}, path), "does not fit"),
+    (lambda path: torch.save({"kind": "autoencoder"}, path), "does not fit"),
+    (lambda path: torch.save({"model": "resnet50"}, path), "autoencoder"),
+    (lambda path: torch.save({1: torch.zeros(1)}, path), "autoencoder"),
 ])
 def test_a_file_that_is_no_autoencoder_gets_a_sentence(tmp_path, content, words, capfd):
     path = tmp_path / "file.pt"

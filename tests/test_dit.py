@@ -153,6 +153,8 @@ def test_a_lightningdit_checkpoint_loads_its_ema_weights(tmp_path, classes, qk_n
     (lambda path: torch.save({"model": {"patch_embed.proj.weight": torch.zeros(1)}}, path), "belongs behind"),
     (lambda path: torch.save({"kind": "dit", "ema": {"x_embedder.proj.weight": torch.zeros(1)}, "dit_config": {
         "name": "DiT-S/1", "input_size": 4}}, path), "does not fit"),
+    (lambda path: torch.save({"kind": "dit", "ema": {"x_embedder.proj.weight": torch.zeros(1)}}, path), "does not fit"),
+    (lambda path: torch.save({"model": {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}}, path), "does not fit"),
 ])
 def test_a_file_that_is_no_dit_gets_a_sentence(tmp_path, content, words):
     content(tmp_path / "file.pt")

@@ -90,6 +90,16 @@ def test_a_resumed_dit_ends_in_the_same_bits_whatever_was_logged_after_the_check
         assert difference(tmp_path / "whole", tmp_path / "cut", part) == 0
     assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
 
+def test_a_run_moved_elsewhere_resumes_there_and_a_torn_log_line_is_dropped(tmp_path):
+    run(train_ae, "--out", tmp_path / "first", *TINY_VIT, *SMALL, "--steps", 4)
+    before = (tmp_path / "first" / "ckpt.pt").read_bytes()
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    with open(tmp_path / "moved" / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "vis')
+    run(train_ae, "--out", tmp_path / "moved", "--resume", "--steps", 6)
+    assert (tmp_path / "first" / "ckpt.pt").read_bytes() == before
+    assert [line["step"] for line in log_of(tmp_path / "moved")] == [1, 2, 3, 4, 5, 6]
+
 def test_resuming_a_finished_run_says_so(tiny_vmae, tiny_dit, capsys):
     before = tiny_vmae.read_bytes(), tiny_dit.read_bytes()
     run(train_ae, "--out", tiny_vmae.parent, "--resume")
@@ -162,12 +172,38 @@ def test_an_epoch_has_every_image_once_whatever_the_number_of_processes():
     late = [key for keys in train_ae.training_keys(args, 60, 0, 1, 7) for key in keys]
     assert late == whole[84:]
 
+def test_training_in_bfloat16_learns_as_in_float32(tmp_path):
+    flags = (*TINY_VIT, *SMALL, "--steps", 12, "--lr", 1e-3, "--warmup", 0)
+    run(train_ae, "--out", tmp_path / "float32", *flags)
+    run(train_ae, "--out", tmp_path / "bfloat16", *flags, "--dtype", "bfloat16")
+    for a, b in zip(log_of(tmp_path / "float32"), log_of(tmp_path / "bfloat16")):
+        assert a["masked"] != b["masked"] and abs(a["masked"] - b["masked"]) < 0.02 * a["masked"]
+    state = torch.load(tmp_path / "bfloat16" / "ckpt.pt", weights_only=True)["model"]
+    assert all(value.dtype == torch.float32 for value in state.values())
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vmae", "sdvae"])
+def test_compiled_training_is_eager_training(tmp_path, model):
+    flags = ("--model", model, *TINY_VIT, *TINY_CONV, *SMALL, "--steps", 6, "--disc_start", 3, "--seed", 1)
+    run(train_ae, "--out", tmp_path / "eager", *flags)
+    run(train_ae, "--out", tmp_path / "compiled", *flags, "--compile", 1)
+    assert difference(tmp_path / "eager", tmp_path / "compiled") < 1e-4
+    assert difference(tmp_path / "eager", tmp_path / "eager") == 0
+
+@pytest.mark.slow
+def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
+    flags = ("--ae", tiny_vmae, *SMALL, "--steps", 6, "--sample_steps", 1)
+    run(train_dit, "--out", tmp_path / "eager", *flags)
+    run(train_dit, "--out", tmp_path / "compiled", *flags, "--compile", 1)
+    assert difference(tmp_path / "eager", tmp_path / "compiled") < 1e-4
+
 def test_an_unreadable_image_is_skipped_by_name_and_many_stop_the_run(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "images")
     flags = ("--data", tmp_path / "images", "--image_size", 32, "--lpips", 0, *TINY_VIT, *SMALL, "--steps", 15)
-    (tmp_path / "images" / "ants" / "003.png").write_bytes(b"not an image")
+    (tmp_path / "images" / "ants" / "000.jpg").write_bytes(b"not an image")   # one of those in recon.png
     run(train_ae, "--out", tmp_path / "a", *flags, "--workers", 2)
-    assert "003.png" in capsys.readouterr().err
+    assert "000.jpg" in capsys.readouterr().err
+    run(train_ae, "--out", tmp_path / "often", *flags, "--workers", 0, "--batch", 256, "--steps", 2)   # twice a batch
     for name in ("004.jpg", "006.jpg"):
         path = tmp_path / "images" / "bees" / name
         path.write_bytes(path.read_bytes()[:100])
@@ -221,6 +257,12 @@ def test_the_cache_holds_the_moments_of_each_image_and_its_flip(tmp_path, tiny_v
     shutil.copytree(folder, tmp_path / "elsewhere")
     message = fails(train_dit, "--out", tmp_path / "d", *flags, "--data", tmp_path / "elsewhere")
     assert "another folder" in message
+
+def test_the_cache_of_digits_has_no_flips(tmp_path, tiny_vmae):
+    run(train_dit, "--ae", tiny_vmae, "--out", tmp_path / "a", *SMALL, "--steps", 1, "--sample_steps", 1,
+        "--cache", tmp_path / "cache")
+    cache = train_dit.Cache(tmp_path / "cache", train_ae.Images(None))
+    assert torch.equal(cache[[(7, 0, True)]][0], cache[[(7, 0, False)]][0])
 
 def test_each_access_draws_a_fresh_posterior_sample(tiny_vmae):
     posterior = ae.load(tiny_vmae).encode(normal(0, 1, 3, 32, 32))
@@ -322,6 +364,13 @@ def wrong_autoencoder_runs(tmp):
     yield ("--batch", 0), "--batch"
     yield ("--model", "mae", "--mask_ratio", 0), "mask"
     yield ("--device", "gpu"), "gpu"
+    yield ("--lr", -1), "--lr"
+    yield ("--lr", "nan"), "--lr"
+    yield ("--betas", 0.9), "--betas"
+    yield ("--betas", 1, 2), "--betas"
+    yield ("--prior_std", 0), "--prior_std"
+    yield ("--seed", -1), "--seed"
+    yield ("--model", "sdvae", "--image_size", 16), "discriminator"
 
 def test_mistakes_with_train_ae_get_one_sentence(tmp_path):
     for k, (flags, words) in enumerate(wrong_autoencoder_runs(tmp_path)):
@@ -341,6 +390,14 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence(tmp_path, tiny_vmae
     assert "32 pixels" in fails(train_dit, *out, "--ae", tiny_vmae, "--image_size", 64)
     assert "does not divide" in fails(train_dit, *out, "--ae", tiny_vmae, "--micro_batch", 60)
     assert "classes" in fails(train_dit, *out, "--ae", tiny_vmae, "--class_dropout", 0, "--cfg_scale", 3)
+    assert "--shift" in fails(train_dit, *out, "--ae", tiny_vmae, "--shift", 0)
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(train_dit, "--out", tmp_path / "file", "--ae", tiny_vmae)
+    for flag in ("--columns", "--batch", "--seed", "--shift"):
+        assert flag in fails(sample, "--ckpt", tiny_dit, flag, -1)
+    assert "class numbers" in fails(sample, "--ckpt", tiny_dit, "--labels", "")
+    torch.save({"mean": [0.0] * 3, "std": [1.0] * 3}, tmp_path / "stats.pt")
+    assert "do not fit" in fails(sample, "--ckpt", tiny_dit, "--stats", tmp_path / "stats.pt")
     assert "no checkpoint file" in fails(sample, "--ckpt", tmp_path / "nothing.pt")
     assert "belongs behind" in fails(sample, "--ckpt", tiny_vmae)
     assert "classes 0 to 9" in fails(sample, "--ckpt", tiny_dit, "--labels", "3,10")
