@@ -58,7 +58,7 @@ def kl_unit(logvar, prior_std=1.0, dim=-1):
     logvar = logvar - 2 * math.log(prior_std)
     return 0.5 * (logvar.exp() - 1 - logvar).sum(dim).mean()
 
-def total(model, terms, x, x_hat, perceptual):
+def objective(model, terms, x, x_hat, perceptual):
     """What every forward returns: the terms and LPIPS weighted and summed, the terms detached, the images."""
     if perceptual is not None:
         terms["lpips"] = perceptual(x_hat, x)
@@ -194,7 +194,7 @@ class AE(nn.Module):
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat = self.decode(self.encode(x).mode())
-        return total(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
+        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
 
 class DAE(AE):
     """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
@@ -208,7 +208,7 @@ class DAE(AE):
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         noise = torch.randn_like(x) if noise is None else noise
         x_hat = self.decode(self.encode(x + self.noise_std * noise).mode())
-        return total(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
+        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
 
 class VAE(AE):
     """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
@@ -223,7 +223,7 @@ class VAE(AE):
         posterior = self.encode(x)
         x_hat = self.decode(posterior.sample(noise))
         terms = {"recon": self.recon(x_hat.float(), x), "kl": kl_normal(posterior.mean, posterior.logvar)}
-        return total(self, terms, x, x_hat, perceptual)
+        return objective(self, terms, x, x_hat, perceptual)
 
 class SDVAE(VAE):
     """Stable Diffusion's VAE, eq. 6. forward lacks the adversarial term, which needs D: the training loop
@@ -400,7 +400,7 @@ class MAE(nn.Module):
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat, _, mask = self.masked_pass(x, noise, ids_shuffle)
-        return total(self, {"masked": self.patch_error(x, x_hat, mask)}, x, x_hat, perceptual)
+        return objective(self, {"masked": self.patch_error(x, x_hat, mask)}, x, x_hat, perceptual)
 
 class VMAE(MAE):
     """Variational masked autoencoder, the paper's own (main paper, section 4):
@@ -426,13 +426,13 @@ class VMAE(MAE):
             with torch.no_grad():
                 z = self.encode(x).mode()
             x_hat = self.decode(z)
-            return total(self, {"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
+            return objective(self, {"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
-        terms = {"kl": kl_unit(posterior.logvar, self.prior_std)}
-        terms["visible"] = self.patch_error(x, x_hat, 1 - mask)
+        terms = {"visible": self.patch_error(x, x_hat, 1 - mask)}
         if self.keep < self.grid ** 2:   # else a mean over no patches, 0/0: the term is absent
             terms["masked"] = self.patch_error(x, x_hat, mask)
-        return total(self, terms, x, x_hat, perceptual)
+        terms["kl"] = kl_unit(posterior.logvar, self.prior_std)
+        return objective(self, terms, x, x_hat, perceptual)
 
 MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": VMAE}
 

@@ -1,7 +1,7 @@
 """Draw pictures from a trained DiT (supplement, section B.2 and figures I, II).
 
     python sample.py                                             the demo's digits, a row a class
-    python sample.py --ckpt out/dit/ckpt.pt --labels 130,88      a grid of two classes
+    python sample.py --ckpt out/dit/ckpt.pt --labels 130 88      a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     samples.npz for fid.py
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt     weights of others
 
@@ -35,8 +35,8 @@ def parse_args():
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
     add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
-    add("--labels", help="classes, such as 130,88 (default of a grid: 10 classes, of 1,000 the release's 8; "
-        "of --num: all, uniformly)")
+    add("--labels", nargs="+", help="classes, such as 130 88 or 130,88 (default of a grid: 10 classes, of "
+        "1,000 the release's 8; of --num: all, uniformly)")
     add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
     add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
@@ -190,9 +190,10 @@ def main():
     loaded = load(args)
     classes = len(loaded[4])
     try:
-        args.labels = [int(label) for label in args.labels.split(",")] if args.labels is not None else None
+        if args.labels is not None:
+            args.labels = [int(label) for part in args.labels for label in part.split(",")]
     except ValueError:
-        sys.exit("--labels takes class numbers, such as 130,88")
+        sys.exit("--labels takes class numbers, such as 130 88")
     if args.labels and not all(0 <= label < classes for label in args.labels):
         sys.exit(f"--labels: this model has classes 0 to {classes - 1}")
     or_exit(os.makedirs, args.out, exist_ok=True)

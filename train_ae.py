@@ -152,6 +152,8 @@ def parse_args(doc, flags, kind):
         how = {"type": type_}
         if isinstance(type_, tuple):
             how = {"choices": type_}
+        elif type_ is switch:
+            how = {"type": type_, "nargs": "?", "const": 1}
         elif isinstance(type_, list):
             how = {"type": type_[0], "nargs": len(type_) if len(type_) > 1 else "+"}
         groups[title].add_argument(f"--{name}", help=text, **how)

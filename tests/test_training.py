@@ -288,7 +288,10 @@ def test_a_dit_checkpoint_is_enough_to_draw_from(tmp_path, tiny_dit, capsys):
     run(sample, "--ckpt", moved, "--columns", 3)
     assert str(tmp_path / "samples.png") in capsys.readouterr().out
     assert Image.open(tmp_path / "samples.png").height // 66 == 10
+    run(sample, "--ckpt", moved, "--labels", 7, 3, "--columns", 3)
+    pair = np.asarray(Image.open(tmp_path / "samples.png"))
     run(sample, "--ckpt", moved, "--labels", "7,3", "--columns", 3)
+    assert np.array_equal(pair, np.asarray(Image.open(tmp_path / "samples.png")))
     assert Image.open(tmp_path / "samples.png").height // 66 == 2
 
 def test_sample_i_depends_on_seed_and_i_alone(tmp_path, tiny_dit, monkeypatch):
