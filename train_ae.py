@@ -440,7 +440,8 @@ def segments(files, grid):
     The values of ADE20K's files are labels; of CelebAMask-HQ's the name is, and what is not 0 belongs to it.
     """
     for file in files:
-        part = stem(file).partition("_")[2] if len(files) > 1 else ""
+        number, _, part = stem(file).partition("_")
+        part = part if number.isdigit() else ""
         with Image.open(file) as image:
             image = image.convert("L") if part else image
             left, top = (image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2

@@ -84,6 +84,7 @@ def test_celebamask_parts_belong_to_the_image_of_their_number(tmp_path):
     found = dict(train_ae.segments(masks["12"], 4))
     assert found["hair"].tolist() == [[True] * 4] + [[False] * 4] * 3
     assert np.argwhere(found["l_eye"]).tolist() == [[2, 1]]
+    assert [label for label, _ in train_ae.segments(masks["12"][:1], 4)] == ["hair"]   # of an image of one part, too
 
 # ---- the command ----
 

@@ -310,6 +310,16 @@ def test_sample_i_depends_on_seed_and_i_alone(tmp_path, tiny_dit, monkeypatch):
     assert np.abs(a["arr_0"][:24].astype(int) - load("d")["arr_0"]).max() > 20
     assert len(set(a["arr_1"].tolist())) > 5
 
+def test_a_flat_folder_is_one_class_without_guidance(tmp_path, tiny_vmae, folder):
+    run(train_dit, "--data", folder / "ants", "--ae", tiny_vmae, "--model", "DiT-demo/1", "--workers", 0, *SMALL,
+        "--steps", 2, "--sample_steps", 2, "--out", tmp_path)
+    ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert len(ckpt["ema"]["y_embedder.embedding_table.weight"]) == 1 and ckpt["args"]["cfg_scale"] == 1
+    run(sample, "--ckpt", tmp_path / "ckpt.pt")
+    run(sample, "--ckpt", tmp_path / "ckpt.pt", "--num", 3)
+    assert np.load(tmp_path / "samples.npz").files == ["arr_0"]   # no labels where there are no classes
+    assert "several classes" in fails(sample, "--ckpt", tmp_path / "ckpt.pt", "--cfg_scale", 3)
+
 def test_an_interrupted_samples_npz_goes_on(tmp_path, tiny_dit, monkeypatch):
     monkeypatch.setattr(sample, "PART", 8)
     flags = ("--ckpt", tiny_dit, "--steps", 2, "--num", 30, "--out")
