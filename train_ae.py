@@ -48,18 +48,21 @@ share, positive, weight = number(0, 1), number(1e-9), number(0)
 # A flag a line: name, type ([type]: several; a tuple: choices), default without --data (demo), default with
 # --data (paper), help. A dict holds defaults by model, "tune" with --tune_decoder, "*" else. Sources:
 # S supplement, R authors' release, V VQGAN and latent diffusion, O our choice.
+RUN = [   # of both training scripts
+    ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
+    ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
+    ("seed", natural, 0, 0, "of everything random"),
+    ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
+    ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
+    ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
+    ("workers", natural, 0, 8, "processes a rank that load images or latents"),
+    ("log_every", count, 50, 50, "steps between log lines"),
+]
 FLAGS = {
     "run": [
-        ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
+        *RUN,
         ("out", str, "out/demo/{model}", "out/{model}", "folder for checkpoint, log and pictures"),
-        ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
         ("init", str, None, None, "checkpoint to start the weights from, of any image size"),
-        ("seed", natural, 0, 0, "of everything random"),
-        ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
-        ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
-        ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
-        ("workers", natural, 0, 8, "processes a rank that decode images"),
-        ("log_every", count, 50, 50, "steps between log lines"),
         ("ckpt_every", count, 200, 1000, "steps between checkpoints and pictures"),
     ],
     "model": [

@@ -24,24 +24,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
-from train_ae import (Batches, Images, center_crop, count, generator, introduce, load_batches, log, natural,
-                      or_exit, parse_args, positive, rewind_log, save, settings, setup, share, switch,
-                      training_keys, weight)
+from train_ae import (RUN, Batches, Images, center_crop, count, generator, introduce, load_batches, log,
+                      natural, or_exit, parse_args, positive, rewind_log, save, settings, setup, share,
+                      switch, training_keys, weight)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
 FLAGS = {
     "run": [
-        ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
+        *RUN,
         ("ae", str, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
         ("cache", str, None, None, "folder for all images' moments, in 16 bit; none: encode on the fly"),
         ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
-        ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
-        ("seed", natural, 0, 0, "of everything random"),
-        ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
-        ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
-        ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
-        ("workers", natural, 0, 8, "processes a rank that decode images or read the cache"),
-        ("log_every", count, 50, 50, "steps between log lines"),
         ("ckpt_every", count, 1000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [

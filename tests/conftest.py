@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
+
 def reference(name):
     """A file of the reference implementations' results, or a skip where they are not beside the project."""
     path = SHARED / "compat" / name
@@ -21,13 +22,16 @@ def reference(name):
         pytest.skip(f"{path} is not here")
     return path
 
+
 def keys_of(name):
     lines = reference(name).read_text().splitlines()
     pairs = (line.split("\t") for line in lines if line)
     return {key: tuple(int(side) for side in shape.split("x")) if shape else () for key, shape in pairs}
 
+
 def shapes(module):
     return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
 
 def fill(model, seed):
     """Known weights, by the rule of the reference results."""
@@ -42,14 +46,17 @@ def fill(model, seed):
         state[key].copy_(torch.from_numpy(np.asarray(value)))
     return model
 
+
 def normal(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
 
 def close(ours, theirs, tolerance=1e-4):
     """Largest difference relative to the largest value."""
     ours = ours.detach().numpy() if torch.is_tensor(ours) else np.asarray(ours)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
 
 def run(module, *flags):
     """A script's main in this process, by its flags; SystemExit carries its message."""
@@ -59,32 +66,47 @@ def run(module, *flags):
     finally:
         sys.argv = argv
 
+
 def fails(module, *flags):
     """The one sentence with which a script stops."""
     with pytest.raises(SystemExit) as stop:
         run(module, *flags)
     message = stop.value.code
-    assert isinstance(message, str), f"it ended with {message!r}, not with a sentence"   # a string exits with 1
+    assert isinstance(
+        message, str
+    ), f"it ended with {message!r}, not with a sentence"  # a string exits with 1
     assert "\n" not in message
     return message
 
+
 def torchrun(processes, script, *flags):
     """A script on several gloo processes of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               "--", str(ROOT / script), *map(str, flags)]   # --: else torchrun takes --num for one of its own
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "--",
+        str(ROOT / script),
+        *map(str, flags),
+    ]  # --: else torchrun takes --num for one of its own
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
+
 def log_of(out):
     return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+
 
 def difference(a, b, part="model"):
     """The largest difference between the weights of two checkpoints."""
     a, b = (torch.load(Path(out) / "ckpt.pt", weights_only=True)[part] for out in (a, b))
     assert a.keys() == b.keys()
     return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
@@ -101,13 +123,16 @@ def folder(tmp_path_factory):
             image.save(root / name / f"{i:03}.{'png' if i % 2 else 'jpg'}")
     return root
 
+
 TINY_VIT = ("--hidden_size", 32, "--depth", 1, "--decoder_depth", 1, "--num_heads", 2)
 TINY_CONV = ("--channels", 32, 32)
+
 
 @pytest.fixture(scope="session")
 def tiny_vmae(tmp_path_factory):
     """A VMAE trained for 20 steps on the digits: its checkpoint."""
     import train_ae
+
     out = tmp_path_factory.mktemp("vmae")
     run(train_ae, "--out", out, *TINY_VIT, "--steps", 20)
     return out / "ckpt.pt"

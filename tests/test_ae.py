@@ -15,21 +15,26 @@ from conftest import close, fill, keys_of, normal, reference, shapes
 SMALL = {"image_size": 64, "hidden_size": 96, "depth": 2, "decoder_depth": 3, "num_heads": 4}
 CONV = {"channels": (32, 64, 64, 64)}
 
+
 @pytest.fixture(scope="module")
 def vmae():
     return fill(ae.VMAE(**SMALL), 0)
+
 
 @pytest.fixture(scope="module")
 def vmae_reference():
     return np.load(reference("vmae_seed0.npz"))
 
+
 # ---- parity with the reference implementations ----
+
 
 def test_vmae_encodes_and_decodes_as_the_release(vmae, vmae_reference):
     posterior = vmae.encode(normal(200, 2, 3, 64, 64))
     close(posterior.mean, vmae_reference["moments"][:, :16])
     close(posterior.logvar, vmae_reference["moments"][:, 16:].clip(-30, 20))
     close(vmae.decode(posterior.mode()), vmae_reference["recon"])
+
 
 def test_vmae_masked_pass_is_the_release_s(vmae, vmae_reference):
     x, ids = normal(200, 2, 3, 64, 64), torch.from_numpy(vmae_reference["ids_shuffle"])
@@ -40,6 +45,7 @@ def test_vmae_masked_pass_is_the_release_s(vmae, vmae_reference):
     close(vmae.patch_error(x, prediction, 1 - mask), vmae_reference["visible_mse"])
     close(vmae.patch_error(x, prediction, mask), vmae_reference["masked_mse"])
     close(ae.kl_unit(posterior.logvar, 1e-3), vmae_reference["kl_std1e3"])
+
 
 def test_vmae_loss_and_gradients_are_the_release_s(vmae_reference):
     model = fill(ae.VMAE(**SMALL), 0)
@@ -55,6 +61,7 @@ def test_vmae_loss_and_gradients_are_the_release_s(vmae_reference):
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     close(norm, vmae_reference["grad_norm"])
 
+
 def test_sdvae_encodes_and_decodes_as_diffusers_stored_results():
     expected = np.load(reference("sdvae_seed0.npz"))
     model = fill(ae.SDVAE(**CONV), 0)
@@ -62,17 +69,27 @@ def test_sdvae_encodes_and_decodes_as_diffusers_stored_results():
     close(torch.cat([posterior.mean, posterior.logvar], 1), expected["moments"])
     close(model.decode(posterior.mode()), expected["recon"])
 
+
 def test_sdvae_equals_diffusers_where_installed(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="the peer diffusers is not installed")
     blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
-    theirs = diffusers.AutoencoderKL(3, 3, *blocks, CONV["channels"], layers_per_block=2, latent_channels=16,
-                                     use_quant_conv=False, use_post_quant_conv=False).eval()
+    theirs = diffusers.AutoencoderKL(
+        3,
+        3,
+        *blocks,
+        CONV["channels"],
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
     torch.save(theirs.state_dict(), tmp_path / "vae.pt")
     ours, x = ae.load(tmp_path / "vae.pt"), normal(1, 1, 3, 64, 64)
     with torch.no_grad():
         close(ours.encode(x).mean, theirs.encode(x).latent_dist.mean.numpy())
         z = normal(2, 1, 16, 8, 8)
         close(ours.decode(z), theirs.decode(z).sample.numpy())
+
 
 def test_adversarial_losses_are_vqgan_s():
     expected = np.load(reference("adv_seed0.npz"))
@@ -81,12 +98,16 @@ def test_adversarial_losses_are_vqgan_s():
     close(ae.disc_loss(real, fake, "vanilla"), expected["vanilla"])
     close(ae.generator_loss(fake), expected["generator"])
 
+
 def test_tensor_names_and_shapes_are_the_references():
     pretrained = ae.VMAE(image_size=128)
     assert shapes(pretrained) == keys_of("vmae_f8d16_128_pretrain.keys.txt")
-    assert {k: v for k, v in shapes(ae.VMAE()).items() if k != "mask_token"} == keys_of("vmae_f8d16_256.keys.txt")
+    assert {k: v for k, v in shapes(ae.VMAE()).items() if k != "mask_token"} == keys_of(
+        "vmae_f8d16_256.keys.txt"
+    )
     with torch.device("meta"):
         assert shapes(ae.SDVAE()) == keys_of("sdvae_f8d16.keys.txt")
+
 
 def test_parameter_counts_are_the_paper_s():
     with torch.device("meta"):
@@ -96,7 +117,9 @@ def test_parameter_counts_are_the_paper_s():
     vmae = ae.VMAE()
     assert sum(p.numel() for p in vmae.parameters()) - vmae.mask_token.numel() == 11_191_412
 
+
 # ---- the equations ----
+
 
 def test_kl_is_that_of_torch_distributions():
     mean, logvar = normal(0, 5, 4, 3, 3), normal(1, 5, 4, 3, 3)
@@ -108,12 +131,16 @@ def test_kl_is_that_of_torch_distributions():
         kl = torch.distributions.kl_divergence(centred, torch.distributions.Normal(0.0, std))
         torch.testing.assert_close(ae.kl_unit(logvar, std, dim=1), kl.sum(1).mean())
 
+
 def test_posterior_clamps_the_log_variance_and_samples_by_the_noise():
     moments = torch.cat([torch.full((1, 2, 1, 1), 3.0), torch.tensor([-100.0, 100.0]).view(1, 2, 1, 1)], 1)
     posterior = ae.Posterior(moments)
     assert posterior.logvar.flatten().tolist() == [-30, 20]
     torch.testing.assert_close(posterior.sample(torch.ones(1, 2, 1, 1)), 3 + (0.5 * posterior.logvar).exp())
-    assert torch.equal(ae.Posterior(moments, deterministic=True).sample(torch.ones(1, 2, 1, 1)), posterior.mode())
+    assert torch.equal(
+        ae.Posterior(moments, deterministic=True).sample(torch.ones(1, 2, 1, 1)), posterior.mode()
+    )
+
 
 @pytest.mark.parametrize("name", ["ae", "dae", "vae", "sdvae"])
 def test_objectives_of_eqs_3_to_6_term_by_term(name):
@@ -129,11 +156,12 @@ def test_objectives_of_eqs_3_to_6_term_by_term(name):
     torch.testing.assert_close(x_hat, model.decode(z))
     expected = ((x_hat - x) ** 2).mean() + 0.7 * (x_hat - x).abs().mean()
     if name in ("vae", "sdvae"):
-        kl = 0.5 * (posterior.mean ** 2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(1).mean()
+        kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(1).mean()
         expected = expected + {"vae": 1e-4, "sdvae": 5e-9}[name] * kl
         torch.testing.assert_close(terms["kl"], kl.detach())
     torch.testing.assert_close(loss, expected)
     assert not any(term.requires_grad for term in terms.values())
+
 
 def test_mae_s_loss_ignores_the_visible_patches():
     torch.manual_seed(0)
@@ -141,11 +169,12 @@ def test_mae_s_loss_ignores_the_visible_patches():
     x = normal(4, 2, 3, 64, 64)
     ids = model.randomness(2, 64, torch.Generator().manual_seed(0))["ids_shuffle"]
     loss, terms, x_hat = model(x, ids_shuffle=ids)
-    patches = lambda image: F.unfold(image, 8, stride=8).transpose(1, 2)   # (B, L, pixels)
+    patches = lambda image: F.unfold(image, 8, stride=8).transpose(1, 2)  # (B, L, pixels)
     error = (patches(x_hat) - patches(x)).square().mean(-1)
     hidden = torch.ones(2, 64, dtype=torch.bool).scatter(1, ids[:, :25], False)
     torch.testing.assert_close(loss, error[hidden].mean())
     assert terms.keys() == {"masked"}
+
 
 def test_latents_of_masked_patches_are_never_computed_and_their_pixels_never_seen():
     torch.manual_seed(0)
@@ -158,6 +187,7 @@ def test_latents_of_masked_patches_are_never_computed_and_their_pixels_never_see
     again, _, _ = model.masked_pass(x + 10 * pixels, **draws)
     assert torch.equal(prediction, again)
 
+
 def test_without_masking_vmae_has_no_masked_term_and_agrees_with_encode_and_decode():
     torch.manual_seed(0)
     model = ae.VMAE(**SMALL, mask_ratio=0.0)
@@ -167,13 +197,17 @@ def test_without_masking_vmae_has_no_masked_term_and_agrees_with_encode_and_deco
     assert terms.keys() == {"visible", "kl"} and torch.isfinite(loss)
     torch.testing.assert_close(x_hat, model.decode(model.encode(x).mode()), atol=1e-5, rtol=1e-4)
 
+
 def test_randomness_handed_in_is_all_the_randomness():
     for name, model_class in ae.MODELS.items():
         torch.manual_seed(0)
         model = model_class(**SMALL) if "mae" in name else model_class(channels=(32, 32))
         x = normal(7, 2, 3, 64, 64)
-        first, second = (model(x, **model.randomness(2, 64, torch.Generator().manual_seed(1)))[0] for _ in range(2))
+        first, second = (
+            model(x, **model.randomness(2, 64, torch.Generator().manual_seed(1)))[0] for _ in range(2)
+        )
         assert torch.equal(first, second), name
+
 
 def test_adaptive_weight_balances_the_gradient_norms_at_the_last_layer():
     torch.manual_seed(0)
@@ -189,9 +223,11 @@ def test_adaptive_weight_balances_the_gradient_norms_at_the_last_layer():
         norms.append(model.decoder.conv_out.weight.grad.norm())
     torch.testing.assert_close(weight, norms[0] / (norms[1] + 1e-4))
 
+
 def test_disc_loss_refuses_an_unknown_kind():
     with pytest.raises(ValueError, match="hinge"):
         ae.disc_loss(torch.zeros(1), torch.zeros(1), "wasserstein")
+
 
 def test_gradients_agree_with_finite_differences():
     torch.manual_seed(0)
@@ -213,7 +249,9 @@ def test_gradients_agree_with_finite_differences():
             parameter += 1e-2 * direction
         torch.testing.assert_close((up - down) / 2e-2, slope, rtol=2e-2, atol=1e-5)
 
+
 # ---- LPIPS ----
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -221,7 +259,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    with torch.device("meta"):   # only the features, the classifier's 120 million weights are never read
+    with torch.device("meta"):  # only the features, the classifier's 120 million weights are never read
         state = torchvision.models.vgg16().state_dict()
     features = {k: 0.05 * torch.randn(v.shape) for k, v in state.items() if k.startswith("features.")}
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -229,26 +267,35 @@ def hub(tmp_path, monkeypatch):
     torch.save(features, path)
     return path
 
+
 def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval_mode(hub):
     import lpips
+
     ours = ae.lpips_vgg()
     assert not ours.training and not any(module.training for module in ours.modules())
     assert not any(p.requires_grad for p in ours.parameters())
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     features = torch.load(hub, weights_only=True)
-    mapped = {f"net.{name}": features["features." + name.split(".", 1)[1]] for name, _ in theirs.net.named_parameters()}
+    mapped = {
+        f"net.{name}": features["features." + name.split(".", 1)[1]]
+        for name, _ in theirs.net.named_parameters()
+    }
     theirs.load_state_dict(mapped, strict=False)
     x, y = normal(0, 2, 3, 64, 64).clamp(-1, 1), normal(1, 2, 3, 64, 64).clamp(-1, 1)
     distance = ours(x, y)
     assert distance.min() > 0 and torch.equal(ours(x, x), torch.zeros(2, 1, 1, 1))
     torch.testing.assert_close(distance, theirs(x, y).detach())
 
+
 def test_lpips_offline_says_which_file_to_put_where(hub, monkeypatch):
     import urllib.error
     import urllib.request
+
     hub.unlink()
+
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
+
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(FileNotFoundError) as error:
@@ -256,12 +303,15 @@ def test_lpips_offline_says_which_file_to_put_where(hub, monkeypatch):
     for word in ("vgg16-397923af.pth", str(hub.parent), "--lpips 0"):
         assert word in str(error.value)
 
+
 def test_lpips_names_a_damaged_file(hub):
     hub.write_bytes(hub.read_bytes()[:1000])
     with pytest.raises(ValueError, match="vgg16-397923af.pth is damaged"):
         ae.lpips_vgg()
 
+
 # ---- checkpoints ----
+
 
 def test_the_release_s_vmae_loads_with_its_namespace_and_without_mask_token(tmp_path):
     model = ae.VMAE(image_size=64, hidden_size=96, depth=2, decoder_depth=3)
@@ -275,34 +325,47 @@ def test_the_release_s_vmae_loads_with_its_namespace_and_without_mask_token(tmp_
     z = normal(1, 1, 16, 8, 8)
     assert torch.equal(loaded.decode(z), model.decode(z))
 
+
 def test_a_loaded_autoencoder_saves_and_loads_again(tmp_path):
     for name, config in (("mae", SMALL), ("dae", {**CONV, "noise_std": 0.3})):
         model = ae.MODELS[name](**config)
-        torch.save({"kind": "autoencoder", "name": name, "config": config, "model": model.state_dict()},
-                   tmp_path / "a.pt")
+        torch.save(
+            {"kind": "autoencoder", "name": name, "config": config, "model": model.state_dict()},
+            tmp_path / "a.pt",
+        )
         first = ae.load(tmp_path / "a.pt")
         second = ae.from_checkpoint({**first.recipe, "model": first.state_dict()})
         assert type(second) is type(model)
-        assert all(torch.equal(a, b) for a, b in zip(second.state_dict().values(), model.state_dict().values()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(second.state_dict().values(), model.state_dict().values())
+        )
+
 
 class Evil:
     def __reduce__(self):
         return os.system, ("echo harmed",)
 
-@pytest.mark.parametrize("content, words", [
-    (lambda path: None, "no checkpoint file"),
-    (lambda path: path.write_bytes(b""), "is no checkpoint"),
-    (lambda path: path.write_bytes(b"hello, I am a text file"), "is no checkpoint"),
-    (lambda path: path.write_bytes(os.urandom(5000)), "is no checkpoint"),
-    (lambda path: torch.save({"model": Evil()}, path), "is no checkpoint"),
-    (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor"),
-    (lambda path: torch.save({"weight": torch.zeros(3)}, path), "no autoencoder"),
-    (lambda path: torch.save({"model": {"x_embedder.proj.weight": torch.zeros(1)}}, path), "holds a DiT"),
-    (lambda path: torch.save({"kind": "autoencoder", "name": "ae", "config": CONV, "model": {}}, path), "does not fit"),
-    (lambda path: torch.save({"kind": "autoencoder"}, path), "does not fit"),
-    (lambda path: torch.save({"model": "resnet50"}, path), "autoencoder"),
-    (lambda path: torch.save({1: torch.zeros(1)}, path), "autoencoder"),
-])
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (lambda path: None, "no checkpoint file"),
+        (lambda path: path.write_bytes(b""), "is no checkpoint"),
+        (lambda path: path.write_bytes(b"hello, I am a text file"), "is no checkpoint"),
+        (lambda path: path.write_bytes(os.urandom(5000)), "is no checkpoint"),
+        (lambda path: torch.save({"model": Evil()}, path), "is no checkpoint"),
+        (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor"),
+        (lambda path: torch.save({"weight": torch.zeros(3)}, path), "no autoencoder"),
+        (lambda path: torch.save({"model": {"x_embedder.proj.weight": torch.zeros(1)}}, path), "holds a DiT"),
+        (
+            lambda path: torch.save({"kind": "autoencoder", "name": "ae", "config": CONV, "model": {}}, path),
+            "does not fit",
+        ),
+        (lambda path: torch.save({"kind": "autoencoder"}, path), "does not fit"),
+        (lambda path: torch.save({"model": "resnet50"}, path), "autoencoder"),
+        (lambda path: torch.save({1: torch.zeros(1)}, path), "autoencoder"),
+    ],
+)
 def test_a_file_that_is_no_autoencoder_gets_a_sentence(tmp_path, content, words, capfd):
     path = tmp_path / "file.pt"
     content(path)
@@ -310,13 +373,15 @@ def test_a_file_that_is_no_autoencoder_gets_a_sentence(tmp_path, content, words,
         ae.load(path)
     assert "harmed" not in capfd.readouterr().out
 
+
 def test_a_truncated_checkpoint_gets_a_sentence_wherever_it_is_cut(tmp_path):
     torch.save({"model": ae.AE(channels=(32,)).state_dict()}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     for share in (0.001, 0.1, 0.5, 0.9, 0.999):
-        (tmp_path / "cut.pt").write_bytes(content[:int(share * len(content))])
+        (tmp_path / "cut.pt").write_bytes(content[: int(share * len(content))])
         with pytest.raises(ValueError, match="is no checkpoint"):
             ae.load(tmp_path / "cut.pt")
+
 
 def test_wrong_image_sizes_are_named():
     with pytest.raises(ValueError, match="not a multiple"):
@@ -328,7 +393,9 @@ def test_wrong_image_sizes_are_named():
     with pytest.raises(ValueError, match="leaves 0 of"):
         ae.VMAE(image_size=32, mask_ratio=0.99)
 
+
 # ---- pictures ----
+
 
 def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
     x = torch.tensor([-2, -1, -0.999, 0, 0.5, 0.9999, 1, 3]).view(1, 1, 1, 8).expand(1, 3, 1, 8)

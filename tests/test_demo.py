@@ -13,9 +13,11 @@ import torch.nn.functional as F
 import train_ae
 from conftest import ROOT, TINY_VIT, log_of, run
 
+
 def digits(held_out):
     images = train_ae.Images(None, held_out)
     return torch.from_numpy(images.files).float()[:, None] / 255, torch.from_numpy(images.labels)
+
 
 class Classifier(nn.Module):
     def __init__(self):
@@ -33,6 +35,7 @@ class Classifier(nn.Module):
     def forward(self, x):
         return self.out(self.features(x))
 
+
 def train_classifier(epochs=25):
     torch.manual_seed(0)
     x, y = digits(held_out=False)
@@ -41,7 +44,9 @@ def train_classifier(epochs=25):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * 45)
     for _ in range(epochs):
         for rows in torch.randperm(4500).split(100):
-            affine = torch.eye(2, 3) + 0.1 * torch.randn(len(rows), 2, 3)   # small rotations, scales and shifts
+            affine = torch.eye(2, 3) + 0.1 * torch.randn(
+                len(rows), 2, 3
+            )  # small rotations, scales and shifts
             grid = F.affine_grid(affine, x[rows].shape, align_corners=False)
             loss = F.cross_entropy(net(F.grid_sample(x[rows], grid, align_corners=False)), y[rows])
             optimizer.zero_grad()
@@ -49,6 +54,7 @@ def train_classifier(epochs=25):
             optimizer.step()
             schedule.step()
     return net.eval().requires_grad_(False)
+
 
 def test_the_bundled_digits_are_500_of_each_and_50_of_each_are_held_out():
     train, held = train_ae.Images(None), train_ae.Images(None, held_out=True)
@@ -58,20 +64,40 @@ def test_the_bundled_digits_are_500_of_each_and_50_of_each_are_held_out():
     image = np.asarray(train[0])
     assert image.shape == (32, 32, 3) and not image[:2].any() and not image[:, -2:].any()
 
+
 @pytest.mark.parametrize("model", ["ae", "dae", "vae", "sdvae", "mae"])
 def test_each_of_the_other_autoencoders_learns_in_the_demo(tmp_path, model):
-    flags = ("--model", model, "--out", tmp_path, "--steps", 40, "--batch", 8, "--lr", 1e-3,
-             "--warmup", 0.01, "--log_every", 1, "--channels", 32, 32, 32)
+    flags = (
+        "--model",
+        model,
+        "--out",
+        tmp_path,
+        "--steps",
+        40,
+        "--batch",
+        8,
+        "--lr",
+        1e-3,
+        "--warmup",
+        0.01,
+        "--log_every",
+        1,
+        "--channels",
+        32,
+        32,
+        32,
+    )
     run(train_ae, *flags, *TINY_VIT)
     losses = [line.get("recon", line.get("masked")) for line in log_of(tmp_path)]
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
     assert (tmp_path / "recon.png").exists()
 
+
 @pytest.mark.slow
 def test_the_demo_draws_digits_of_the_class_asked_for_varied_and_not_copied(tmp_path):
     for script in (["train_ae.py"], ["train_dit.py"], ["sample.py"], ["sample.py", "--num", "500"]):
         subprocess.run([sys.executable, ROOT / script[0], *script[1:]], cwd=tmp_path, check=True)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2 ** 20   # KiB: 4 GiB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB: 4 GiB
     assert (tmp_path / "out" / "demo" / "dit" / "samples.png").exists()
 
     net = train_classifier()

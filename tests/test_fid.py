@@ -1,4 +1,5 @@
 """fid.py: the network, the metrics, the sets of images and the command line."""
+
 import contextlib
 import io
 import json
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands run below
 
 import fid
 
+
 def random_images(seed, count, size=32):
     """(count, size, size, 3) uint8, smooth enough to differ from one another in more than noise"""
     rs = np.random.RandomState(seed)
@@ -28,9 +30,11 @@ def random_images(seed, count, size=32):
     fine = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
     return (255 * fine).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
+
 def random_statistics(seed, count, d):
     x = np.random.RandomState(seed).standard_normal((count, d)) @ np.diag(np.linspace(0.1, 2, d))
     return x.mean(0), np.cov(x, rowvar=False)
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -54,9 +58,11 @@ def weights(tmp_path_factory):
     torch.save(dict(state), path)
     return path
 
+
 @pytest.fixture(scope="module")
 def net(weights):
     return fid.load_inception(weights)
+
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
@@ -71,11 +77,13 @@ def sets(tmp_path_factory):
         Image.fromarray(image).save(path)
     return folder
 
+
 def run(*args, ranks=0):
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.run([*command, str(ROOT / "fid.py"), *map(str, args)], capture_output=True, text=True)
+
 
 def metrics(*args, ranks=0):
     """What the command prints, by name; in this process where it needs no ranks, which saves imports."""
@@ -91,6 +99,7 @@ def metrics(*args, ranks=0):
         printed = stdout.getvalue()
     return {name: float(value) for name, value in (line.split(": ") for line in printed.splitlines())}
 
+
 def assert_sentence(done, *words):
     """One line on stderr beside the progress bars, exit status 1, no traceback."""
     assert done.returncode == 1
@@ -100,7 +109,9 @@ def assert_sentence(done, *words):
         assert word in sentence
     assert done.stdout == ""
 
+
 # the network
+
 
 def test_tensor_names_and_shapes_are_those_of_the_published_file():
     path = COMPAT / "inception_2015_12_05.keys.txt"
@@ -109,6 +120,7 @@ def test_tensor_names_and_shapes_are_those_of_the_published_file():
     listed = dict((line.split("\t") + [""])[:2] for line in path.read_text().splitlines())
     ours = {key: "x".join(map(str, x.shape)) for key, x in fid.InceptionV3().state_dict().items()}
     assert ours == listed
+
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_features_equal_the_reference_implementation(weights, net, fused):
@@ -125,20 +137,24 @@ def test_features_equal_the_reference_implementation(weights, net, fused):
     for ours, theirs in ((pool, expected["pool"]), (spatial, expected["spatial"]), (net.probs(pool), probs)):
         torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=1e-4, atol=1e-4 * float(theirs.max()))
 
+
 def test_resizing_is_tensorflow_1s_by_hand():
     x = torch.tensor([[0.0, 10.0], [20.0, 40.0]])[None, None]
     expected = [[0, 5, 10, 10], [10, 17.5, 25, 25], [20, 30, 40, 40], [20, 30, 40, 40]]
     torch.testing.assert_close(fid.resize_tf1(x, 4)[0, 0], torch.tensor(expected))
 
+
 def test_pool_equals_torch_fidelity_on_the_same_weights(weights, net):
     name = "torch_fidelity.feature_extractor_inceptionv3"
     theirs = pytest.importorskip(name, reason="torch-fidelity is not installed").FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
     x = torch.from_numpy(random_images(3, 3, 45)).permute(0, 3, 1, 2)
     pool, logits = theirs(x)
     ours, _ = net(x)
     torch.testing.assert_close(ours, pool, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(net.probs(ours), logits.softmax(1).double(), rtol=1e-4, atol=1e-8)
+
 
 def test_half_pixel_equals_pytorch_fid_and_the_default_does_not(weights, net, monkeypatch):
     theirs = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is not installed")
@@ -150,6 +166,7 @@ def test_half_pixel_equals_pytorch_fid_and_the_default_does_not(weights, net, mo
     torch.testing.assert_close(fid.load_inception(weights, half_pixel=True)(x)[0], pool, rtol=1e-5, atol=1e-5)
     assert (net(x)[0] - pool).abs().max() > 1e-3  # a hundred times the tolerance above
 
+
 def test_frechet_distance_equals_clean_fid_and_pytorch_fid():
     mu1, sigma1 = random_statistics(0, 400, 40)
     mu2, sigma2 = random_statistics(1, 300, 40)
@@ -159,6 +176,7 @@ def test_frechet_distance_equals_clean_fid_and_pytorch_fid():
         theirs = getattr(module, "frechet_distance", None) or module.calculate_frechet_distance
         assert ours == pytest.approx(theirs(mu1, sigma1, mu2, sigma2), rel=1e-6)
 
+
 def test_features_ignore_autocast_and_settings_come_back(net):
     x = torch.from_numpy(random_images(3, 2)).permute(0, 3, 1, 2)
     before = torch.backends.cudnn.allow_tf32
@@ -166,6 +184,7 @@ def test_features_ignore_autocast_and_settings_come_back(net):
         inside = net(x)[0]
     assert torch.equal(inside, net(x)[0])
     assert torch.backends.cudnn.allow_tf32 == before
+
 
 def test_weights_load_with_and_without_num_batches_tracked(weights, net, tmp_path):
     state = torch.load(weights, weights_only=True)
@@ -177,6 +196,7 @@ def test_weights_load_with_and_without_num_batches_tracked(weights, net, tmp_pat
     with pytest.raises(ValueError, match="Inception weights"):
         fid.load_inception(tmp_path / "w.pth")
 
+
 def test_first_use_downloads_and_checks_the_hash(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(fid, "URL", weights.as_uri())
@@ -186,6 +206,7 @@ def test_first_use_downloads_and_checks_the_hash(weights, tmp_path, monkeypatch)
     (tmp_path / "hub" / "checkpoints" / fid.WEIGHTS).write_bytes(weights.read_bytes())
     assert fid.load_inception().fc.weight.shape == (1008, 2048)
 
+
 def test_offline_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(fid, "URL", "http://127.0.0.1:9/" + fid.WEIGHTS)
@@ -194,12 +215,15 @@ def test_offline_says_which_file_to_put_where(tmp_path, monkeypatch):
     assert fid.URL in str(error.value)
     assert str(tmp_path / "checkpoints" / fid.WEIGHTS) in str(error.value)
 
+
 def test_wrong_input_to_the_network_is_refused(net):
     for x in (torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="uint8"):
             net(x)
 
+
 # the metrics
+
 
 @pytest.mark.parametrize("offset", [0, 1e6])
 def test_statistics_equal_numpys_in_any_batches(offset):
@@ -211,21 +235,25 @@ def test_statistics_equal_numpys_in_any_batches(offset):
     np.testing.assert_allclose(mu, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(x - offset, rowvar=False), rtol=1e-9, atol=1e-9)
 
+
 def test_statistics_need_two_features():
     statistics = fid.Statistics(4)
     statistics.update(torch.ones(1, 4))
     with pytest.raises(ValueError, match="at least 2"):
         statistics.finish()
 
+
 def definition(mu1, sigma1, mu2, sigma2):
     linalg = pytest.importorskip("scipy.linalg")
     return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * linalg.sqrtm(sigma1 @ sigma2).real)
+
 
 def test_frechet_distance_equals_the_definition():
     one, two = random_statistics(0, 500, 60), random_statistics(1, 400, 60)
     assert fid.frechet_distance(*one, *two) == pytest.approx(definition(*one, *two), rel=1e-9)
     tensors = [torch.from_numpy(x) for x in (*one, *two)]
     assert fid.frechet_distance(*tensors) == fid.frechet_distance(*one, *two)
+
 
 def test_frechet_distance_of_commuting_covariances_of_low_rank():
     a, b = np.zeros(50), np.zeros(50)
@@ -235,6 +263,7 @@ def test_frechet_distance_of_commuting_covariances_of_low_rank():
     ours = fid.frechet_distance(np.zeros(50), q @ np.diag(a) @ q.T, np.ones(50), q @ np.diag(b) @ q.T)
     assert ours == pytest.approx(50 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-8)
 
+
 @pytest.mark.parametrize("count", [5, 40, 300])
 def test_frechet_distance_of_identical_sets_is_zero_at_any_rank(count):
     for seed in range(5):
@@ -242,16 +271,19 @@ def test_frechet_distance_of_identical_sets_is_zero_at_any_rank(count):
         sigma *= np.outer(10.0 ** -np.linspace(0, 5, 200), 10.0 ** -np.linspace(0, 5, 200))
         assert 0 <= fid.frechet_distance(mu, sigma, mu, sigma) < 1e-12 * np.trace(sigma)
 
+
 def test_frechet_distance_of_fewer_images_than_dimensions():
     # between n images and the same scaled by 2 the distance is known: |mu|^2 + tr(sigma)
     mu, sigma = random_statistics(0, 30, 200)
     expected = mu @ mu + np.trace(sigma)
     assert fid.frechet_distance(mu, sigma, 2 * mu, 4 * sigma) == pytest.approx(expected, rel=1e-12)
 
+
 def test_frechet_distance_from_a_single_point_repeated():
     mu, sigma = random_statistics(0, 30, 10)
     expected = 10 + np.trace(sigma)
     assert fid.frechet_distance(mu + 1, np.zeros((10, 10)), mu, sigma) == pytest.approx(expected, rel=1e-12)
+
 
 @pytest.mark.parametrize("count", [50, 1000])
 def test_statistics_rounded_to_float32_serve(count):
@@ -259,15 +291,21 @@ def test_statistics_rounded_to_float32_serve(count):
     rounded = fid.frechet_distance(*[x.astype(np.float32) for x in (*one, *two)])
     assert rounded == pytest.approx(fid.frechet_distance(*one, *two), rel=1e-4)
 
+
 def test_frechet_distance_refuses_what_is_no_pair_of_statistics():
     mu, sigma = random_statistics(0, 30, 10)
     bad = sigma.copy()
     bad[2, 3] = np.nan
     lopsided = sigma + np.triu(np.ones((10, 10)), 1)
-    for given, words in (((mu, bad), "NaN"), ((mu, -sigma), "negative"), ((mu, lopsided), "symmetric"),
-                         ((mu[:9], sigma[:9, :9]), "fit")):
+    for given, words in (
+        ((mu, bad), "NaN"),
+        ((mu, -sigma), "negative"),
+        ((mu, lopsided), "symmetric"),
+        ((mu[:9], sigma[:9, :9]), "fit"),
+    ):
         with pytest.raises(ValueError, match=words):
             fid.frechet_distance(mu, sigma, *given)
+
 
 @pytest.mark.parametrize("count", [10, 23])
 def test_inception_score_equals_the_definition_with_a_short_last_split(count):
@@ -275,10 +313,11 @@ def test_inception_score_equals_the_definition_with_a_short_last_split(count):
     p[0] = np.eye(7)[0]
     scores = []
     for start in range(0, count, 10):
-        part = p[start:start + 10]
+        part = p[start : start + 10]
         kl = [sum(a * np.log(a / b) for a, b in zip(row, part.mean(0)) if a > 0) for row in part]
         scores.append(np.exp(np.mean(kl)))
     assert fid.inception_score(p, split_size=10) == pytest.approx(np.mean(scores), rel=1e-12)
+
 
 def test_inception_score_depends_on_file_order_and_refuses_nothing():
     p = torch.eye(4).repeat_interleave(2, 0)
@@ -287,13 +326,16 @@ def test_inception_score_depends_on_file_order_and_refuses_nothing():
     with pytest.raises(ValueError, match="classes"):
         fid.inception_score(torch.zeros(0, 4))
 
+
 def brute_force(ref, samples, k):
     def inside(balls, points):
         own = ((balls[:, None] - balls[None]) ** 2).sum(-1)
         np.fill_diagonal(own, np.inf)
         radius = np.sort(own, 1)[:, k - 1]
         return (((points[:, None] - balls[None]) ** 2).sum(-1) <= radius).any(1).mean()
+
     return inside(ref.astype(np.float64), samples), inside(samples.astype(np.float64), ref)
+
 
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("k", [1, 3])
@@ -305,6 +347,7 @@ def test_precision_and_recall_equal_brute_force(offset, k):
     assert 0.1 < expected[0] < 0.97 and 0.1 < expected[1] < 0.97
     assert fid.precision_recall(ref, samples, k) == pytest.approx(expected, abs=1e-12)
 
+
 def test_precision_and_recall_are_the_same_over_block_borders():
     rs = np.random.RandomState(0)
     ref, samples = rs.standard_normal((2051, 3)), rs.standard_normal((2500, 3)) + 0.5
@@ -315,6 +358,7 @@ def test_precision_and_recall_are_the_same_over_block_borders():
     expected = ((cross <= radii[0]).any(1).mean(), (cross <= radii[1][:, None]).any(0).mean())
     assert fid.precision_recall(ref, samples) == pytest.approx(expected, abs=1e-12)
 
+
 def test_copies_are_neighbours_and_lie_in_balls_of_radius_zero():
     point = np.random.RandomState(0).standard_normal((1, 2048)).astype(np.float32)
     far = np.random.RandomState(1).standard_normal((6, 2048)).astype(np.float32)
@@ -324,25 +368,40 @@ def test_copies_are_neighbours_and_lie_in_balls_of_radius_zero():
     ref, samples = np.array([[0.0], [0], [9], [9.1]]), np.array([[0.5], [9], [20], [30]])
     assert fid.precision_recall(ref, samples, 1) == (0.25, 1)
 
+
 def test_precision_and_recall_refuse_too_few_points():
     with pytest.raises(ValueError, match="more than 3"):
         fid.precision_recall(np.zeros((3, 5)), np.zeros((9, 5)))
 
+
 # the command line
+
 
 @pytest.fixture(scope="module")
 def result(weights, sets):
     """What the command prints for ref.npz and samples.npz, in one process."""
-    return metrics(sets / "ref.npz", sets / "samples.npz", "--inception", weights,
-                   "--json", sets / "out.json", "--save_stats", sets / "stats.npz")
+    return metrics(
+        sets / "ref.npz",
+        sets / "samples.npz",
+        "--inception",
+        weights,
+        "--json",
+        sets / "out.json",
+        "--save_stats",
+        sets / "stats.npz",
+    )
+
 
 def test_command_prints_the_five_metrics_in_order_and_writes_them(result, sets):
     assert list(result) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     assert json.loads((sets / "out.json").read_text()) == result
 
+
 def test_command_equals_the_functions_on_all_images_at_once(result, net, sets):
-    features = [net(torch.from_numpy(np.load(sets / name)["arr_0"]).permute(0, 3, 1, 2)) for name in
-                ("ref.npz", "samples.npz")]
+    features = [
+        net(torch.from_numpy(np.load(sets / name)["arr_0"]).permute(0, 3, 1, 2))
+        for name in ("ref.npz", "samples.npz")
+    ]
     (ref_pool, ref_spatial), (pool, spatial) = [[x.double().numpy() for x in pair] for pair in features]
     expected = [fid.inception_score(net.probs(torch.from_numpy(pool)))]
     for a, b in ((ref_pool, pool), (ref_spatial, spatial)):
@@ -350,6 +409,7 @@ def test_command_equals_the_functions_on_all_images_at_once(result, net, sets):
         expected.append(fid.frechet_distance(*moments))
     expected += fid.precision_recall(ref_pool, pool)
     assert list(result.values()) == pytest.approx(expected, rel=1e-4)
+
 
 def test_a_folder_and_a_npz_of_the_same_images_have_the_same_statistics(weights, sets, tmp_path):
     folder, npz = tmp_path / "folder.npz", tmp_path / "npz.npz"
@@ -360,6 +420,7 @@ def test_a_folder_and_a_npz_of_the_same_images_have_the_same_statistics(weights,
         for key in one.files:
             np.testing.assert_allclose(one[key], two[key], rtol=1e-6, atol=1e-9)
 
+
 def test_saved_statistics_serve_as_reference_without_precision_and_recall(result, weights, sets, capsys):
     with np.load(sets / "stats.npz") as stored:
         assert {key: x.shape for key, x in stored.items()} == fid.STATISTICS
@@ -368,10 +429,12 @@ def test_saved_statistics_serve_as_reference_without_precision_and_recall(result
     assert list(again.values()) == pytest.approx(list(result.values())[:3], rel=1e-6)
     assert "Precision is left out: it needs 4 images of both." in capsys.readouterr().err
 
+
 def test_statistics_alone_need_neither_network_nor_images(sets, result, capsys):
     alone = metrics(sets / "stats.npz", sets / "stats.npz", "--inception", "nowhere.pth")
     assert list(alone) == ["FID", "sFID"] and max(alone.values()) < 1e-9 * result["FID"]
     assert "Inception Score is left out: it needs images of SAMPLES." in capsys.readouterr().err
+
 
 def test_stored_statistics_go_before_those_of_the_images(result, weights, sets, tmp_path):
     with np.load(sets / "stats.npz") as stored, np.load(sets / "samples.npz") as images:
@@ -380,11 +443,13 @@ def test_stored_statistics_go_before_those_of_the_images(result, weights, sets, 
     assert both["FID"] < 1e-6 * result["FID"] and both["sFID"] < 1e-6 * result["sFID"]
     assert both["Precision"] == result["Precision"]
 
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same(result, weights, sets, ranks):
     # 11 and 9 images in batches of 4: three batches, so that of four ranks one has none
     args = (sets / "ref.npz", sets / "samples", "--inception", weights)
     assert metrics(*args, ranks=ranks) == pytest.approx(result, rel=1e-5)
+
 
 def test_npz_is_read_alike_stored_or_deflated_whole_or_by_ranks(tmp_path):
     images = random_images(5, 10, 8)
@@ -396,17 +461,20 @@ def test_npz_is_read_alike_stored_or_deflated_whole_or_by_ranks(tmp_path):
             for (start, stop), batch in zip(spans, batches(spans, 1), strict=True):
                 assert np.array_equal(batch, images[start:stop])
 
+
 def test_folders_are_recursive_sorted_and_rgb(tmp_path):
     (tmp_path / "b").mkdir()
     Image.new("L", (3, 2), 7).save(tmp_path / "c.PNG")
     Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "b" / "z.bmp")
     (tmp_path / "notes.txt").write_text("no image")
     count, batches, _ = fid.open_set(tmp_path)
-    batch, = batches([(0, 2)], 2)
+    (batch,) = batches([(0, 2)], 2)
     assert count == 2
     assert batch[:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]] and batch.shape == (2, 2, 3, 3)
 
+
 # what goes wrong
+
 
 def save_bad_sets(folder):
     images = random_images(0, 4, 8)
@@ -422,13 +490,23 @@ def save_bad_sets(folder):
     (folder / "text.npz").write_text("no archive")
     (folder / "empty").mkdir()
 
-@pytest.mark.parametrize("name, words", [
-    ("float.npz", ["float.npz", "uint8", "float32"]), ("shape.npz", ["shape.npz", "(4, 8, 8)"]),
-    ("one.npz", ["one.npz", "2 or more"]), ("pickled.npz", ["pickled.npz", "object"]),
-    ("pickled_mu.npz", ["pickled_mu.npz", "Object"]),
-    ("dimension.npz", ["dimension.npz", "(2048,)", "(64,)"]),
-    ("nan.npz", ["nan.npz", "finite"]), ("other.npz", ["other.npz", "arr_0"]), ("text.npz", ["text.npz"]),
-    ("empty", ["empty", "0 images"]), ("missing", ["missing"])])
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("float.npz", ["float.npz", "uint8", "float32"]),
+        ("shape.npz", ["shape.npz", "(4, 8, 8)"]),
+        ("one.npz", ["one.npz", "2 or more"]),
+        ("pickled.npz", ["pickled.npz", "object"]),
+        ("pickled_mu.npz", ["pickled_mu.npz", "Object"]),
+        ("dimension.npz", ["dimension.npz", "(2048,)", "(64,)"]),
+        ("nan.npz", ["nan.npz", "finite"]),
+        ("other.npz", ["other.npz", "arr_0"]),
+        ("text.npz", ["text.npz"]),
+        ("empty", ["empty", "0 images"]),
+        ("missing", ["missing"]),
+    ],
+)
 def test_a_set_that_cannot_be_used_is_named(tmp_path, name, words):
     save_bad_sets(tmp_path)
     assert fid.open_set(tmp_path / "good.npz")[0] == 4
@@ -438,15 +516,17 @@ def test_a_set_that_cannot_be_used_is_named(tmp_path, name, words):
     for word in words:
         assert word in str(error.value)
 
+
 def test_a_damaged_image_is_named(tmp_path):
     for i in range(3):
         Image.fromarray(random_images(i, 1, 64)[0]).save(tmp_path / f"{i}.png")
     whole = (tmp_path / "1.png").read_bytes()
-    for damage in (b"", b"no image", whole[:len(whole) // 2], whole[:60] + bytes(20) + whole[80:]):
+    for damage in (b"", b"no image", whole[: len(whole) // 2], whole[:60] + bytes(20) + whole[80:]):
         (tmp_path / "1.png").write_bytes(damage)
         _, batches, _ = fid.open_set(tmp_path)
         with pytest.raises(ValueError, match="1.png cannot be read"):
             list(batches([(0, 3)], 2))
+
 
 def test_an_image_of_another_size_or_depth_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -458,6 +538,7 @@ def test_an_image_of_another_size_or_depth_is_named(tmp_path):
     with pytest.raises(ValueError, match="c.png.*8 bits"):
         list(batches([(2, 3)], 1))
 
+
 def test_a_damaged_npz_is_named(tmp_path):
     rs = np.random.RandomState(0)
     np.savez(tmp_path / "a.npz", arr_0=rs.randint(0, 256, (4, 64, 64, 3), dtype=np.uint8))
@@ -468,15 +549,20 @@ def test_a_damaged_npz_is_named(tmp_path):
     with pytest.raises(ValueError, match="a.npz is damaged.*CRC"):
         list(batches([(0, 2), (2, 4)], 1))
 
+
 def test_the_command_says_one_sentence_and_exits_with_1(sets, tmp_path, monkeypatch):
     ref = sets / "ref.npz"
     assert_sentence(run(ref, tmp_path / "nowhere"), "nowhere")
     assert_sentence(run(ref, ref, "--bogus"), "--bogus")
-    for args, word in (([ref], "SAMPLES"), ([ref, ref, "--batch", "0"], "--batch"),
-                       ([ref, ref, "--json", tmp_path / "no" / "x.json"], "x.json")):
+    for args, word in (
+        ([ref], "SAMPLES"),
+        ([ref, ref, "--batch", "0"], "--batch"),
+        ([ref, ref, "--json", tmp_path / "no" / "x.json"], "x.json"),
+    ):
         monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args)])
         with pytest.raises(SystemExit, match=word):
             fid.main()
+
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights", pickle.dumps(os.getcwd)])
 def test_a_file_without_the_weights_is_named(tmp_path, content):
@@ -484,6 +570,7 @@ def test_a_file_without_the_weights_is_named(tmp_path, content):
         (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(ValueError, match="w.pth cannot be read as the Inception weights"):
         fid.load_inception(tmp_path / "w.pth")
+
 
 def test_a_damaged_image_stops_the_command(weights, tmp_path):
     for i, image in enumerate(random_images(0, 4)):
@@ -493,6 +580,7 @@ def test_a_damaged_image_stops_the_command(weights, tmp_path):
     assert_sentence(done, "3.png")
     assert not (tmp_path / "x.npz").exists()
 
+
 def test_help_is_quick_grouped_and_narrow():
     start = time.time()
     done = run("--help")
@@ -500,20 +588,29 @@ def test_help_is_quick_grouped_and_narrow():
     assert max(map(len, done.stdout.splitlines())) <= 105
     assert done.stdout.index("torchrun") < done.stdout.index("output:") < done.stdout.index("speed:")
 
+
 # time and memory
+
 
 @pytest.mark.slow
 def test_features_are_faster_than_the_peers(weights, net, monkeypatch):
     pytorch_fid = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is not installed")
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="no torch-fidelity")
-    monkeypatch.setattr(pytorch_fid, "load_state_dict_from_url",
-                        lambda *a, **k: torch.load(weights, weights_only=True))
-    peers = {"pytorch-fid": pytorch_fid.InceptionV3([3]).eval(),
-             "torch-fidelity": fidelity.FeatureExtractorInceptionV3(
-                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))}
+    monkeypatch.setattr(
+        pytorch_fid, "load_state_dict_from_url", lambda *a, **k: torch.load(weights, weights_only=True)
+    )
+    peers = {
+        "pytorch-fid": pytorch_fid.InceptionV3([3]).eval(),
+        "torch-fidelity": fidelity.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+        ),
+    }
     x = torch.from_numpy(random_images(0, 16, 64)).permute(0, 3, 1, 2).contiguous()
-    calls = {"ours": lambda: net(x), "pytorch-fid": lambda: peers["pytorch-fid"](x.float() / 255),
-             "torch-fidelity": lambda: peers["torch-fidelity"](x)}
+    calls = {
+        "ours": lambda: net(x),
+        "pytorch-fid": lambda: peers["pytorch-fid"](x.float() / 255),
+        "torch-fidelity": lambda: peers["torch-fidelity"](x),
+    }
     times = {name: [] for name in calls}
     with torch.no_grad():
         for _ in range(6):
@@ -525,6 +622,7 @@ def test_features_are_faster_than_the_peers(weights, net, monkeypatch):
         ratio = np.median([b / a for a, b in zip(times["ours"][1:], times[name][1:])])
         print(f"{name}: {ratio:.2f} times the time")
         assert ratio >= 1.35
+
 
 @pytest.mark.slow
 def test_frechet_distance_of_2048_dimensions_is_five_times_as_fast_as_sqrtm():
@@ -540,6 +638,7 @@ def test_frechet_distance_of_2048_dimensions_is_five_times_as_fast_as_sqrtm():
     assert ours == pytest.approx(expected, rel=1e-6)
     assert ratio >= 5
 
+
 PEAK = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
@@ -549,11 +648,13 @@ def peak():
 {body}
 """
 
+
 def peak_growth(body):
     code = PEAK.format(root=str(ROOT), body=body)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
+
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_npz_streams_through_little_memory(tmp_path, save):
@@ -568,6 +669,7 @@ for batch in batches([(i, i + 50) for i in range(0, count, 50)], 1):
 assert total == 2000
 print(peak() - before)""")
     assert grown < 120
+
 
 @pytest.mark.slow
 def test_precision_and_recall_of_10000_against_50000_stay_under_2_gib():

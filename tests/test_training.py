@@ -1,4 +1,4 @@
-"""The training scripts and sample.py: the rule of randomness, several processes, resume, caches, wrong input."""
+"""The training scripts and sample.py: one rule of randomness, processes, resume, caches, wrong input."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from conftest import TINY_CONV, TINY_VIT, difference, fails, log_of, normal, run
 
 SMALL = ("--batch", 16, "--log_every", 1, "--ckpt_every", 4)
 
+
 @pytest.fixture(scope="module")
 def tiny_dit(tiny_vmae, tmp_path_factory):
     """A DiT trained for 8 steps on the digits."""
@@ -25,7 +26,9 @@ def tiny_dit(tiny_vmae, tmp_path_factory):
     run(train_dit, "--ae", tiny_vmae, "--out", out, *SMALL, "--steps", 8, "--sample_steps", 4)
     return out / "ckpt.pt"
 
+
 # ---- one rule of randomness: processes and micro-batches change speed, not the run ----
+
 
 def test_vmae_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path):
     flags = (*TINY_VIT, *SMALL, "--steps", 6)
@@ -38,7 +41,10 @@ def test_vmae_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path):
             assert a["step"] == b["step"] and abs(a["masked"] - b["masked"]) < 1e-5
     start = train_ae.ae.MODELS["vmae"](image_size=32, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
     trained = torch.load(tmp_path / "one" / "ckpt.pt", weights_only=True)["model"]
-    assert (trained["mask_token"] - start.mask_token).abs().max() > 1e-3   # they agree, and not because nothing moves
+    assert (
+        trained["mask_token"] - start.mask_token
+    ).abs().max() > 1e-3  # they agree, and not because nothing moves
+
 
 def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, tiny_vmae):
     flags = ("--ae", tiny_vmae, *SMALL, "--steps", 6, "--sample_steps", 2)
@@ -49,8 +55,9 @@ def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, t
         assert difference(tmp_path / "one", tmp_path / other) < 1e-5
         assert difference(tmp_path / "one", tmp_path / other, "ema") < 1e-5
     trained = torch.load(tmp_path / "one" / "ckpt.pt", weights_only=True)
-    for part in ("model", "ema"):   # they agree, and not because nothing moves: this weight starts at zero
+    for part in ("model", "ema"):  # they agree, and not because nothing moves: this weight starts at zero
         assert trained[part]["final_layer.linear.weight"].abs().max() > 1e-4
+
 
 @pytest.mark.parametrize("model", ["vae", "dae", "mae"])
 def test_other_models_end_the_same_with_other_micro_batches(tmp_path, model):
@@ -59,6 +66,7 @@ def test_other_models_end_the_same_with_other_micro_batches(tmp_path, model):
     run(train_ae, "--out", tmp_path / "micro", *flags, "--micro_batch", 8)
     assert difference(tmp_path / "one", tmp_path / "micro") < 1e-5
 
+
 def test_two_processes_train_sdvae_with_one_discriminator(tmp_path):
     flags = ("--model", "sdvae", *TINY_CONV, *SMALL, "--steps", 4, "--disc_start", 2)
     torchrun(2, "train_ae.py", "--out", tmp_path / "two", *flags)
@@ -66,7 +74,9 @@ def test_two_processes_train_sdvae_with_one_discriminator(tmp_path):
     assert "adv" not in terms[0] and {"adv", "disc", "adaptive", "real", "fake"} <= terms[1].keys()
     assert all(np.isfinite(value) for line in terms for value in line.values())
 
+
 # ---- resume ----
+
 
 @pytest.mark.parametrize("model", ["vmae", "sdvae"])
 def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, model):
@@ -76,19 +86,25 @@ def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, model):
     run(train_ae, "--out", tmp_path / "cut", "--model", model, "--resume", "--steps", 10)
     for part in ("model", "disc") if model == "sdvae" else ("model",):
         assert difference(tmp_path / "whole", tmp_path / "cut", part) == 0
-    keep = lambda out: [{k: v for k, v in line.items() if not k.endswith(("_per_s", "_left"))} for line in log_of(out)]
+    keep = lambda out: [
+        {k: v for k, v in line.items() if not k.endswith(("_per_s", "_left"))} for line in log_of(out)
+    ]
     assert keep(tmp_path / "whole") == keep(tmp_path / "cut")
+
 
 def test_a_resumed_dit_ends_in_the_same_bits_whatever_was_logged_after_the_checkpoint(tmp_path, tiny_vmae):
     flags = ("--ae", tiny_vmae, *SMALL, "--sample_steps", 2)
     run(train_dit, "--out", tmp_path / "whole", *flags, "--steps", 10)
     run(train_dit, "--out", tmp_path / "cut", *flags, "--steps", 4)
     with open(tmp_path / "cut" / "log.jsonl", "a") as file:
-        file.write(json.dumps({"step": 5, "loss": 123.0}) + "\n")   # of a run that was killed before step 8
+        file.write(json.dumps({"step": 5, "loss": 123.0}) + "\n")  # of a run that was killed before step 8
     run(train_dit, "--out", tmp_path / "cut", "--resume", "--steps", 10)
     for part in ("model", "ema"):
         assert difference(tmp_path / "whole", tmp_path / "cut", part) == 0
-    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [line["loss"] for line in log_of(tmp_path / "cut")]
+    assert [line["loss"] for line in log_of(tmp_path / "whole")] == [
+        line["loss"] for line in log_of(tmp_path / "cut")
+    ]
+
 
 def test_a_run_moved_elsewhere_resumes_there_and_a_torn_log_line_is_dropped(tmp_path):
     run(train_ae, "--out", tmp_path / "first", *TINY_VIT, *SMALL, "--steps", 4)
@@ -100,6 +116,7 @@ def test_a_run_moved_elsewhere_resumes_there_and_a_torn_log_line_is_dropped(tmp_
     assert (tmp_path / "first" / "ckpt.pt").read_bytes() == before
     assert [line["step"] for line in log_of(tmp_path / "moved")] == [1, 2, 3, 4, 5, 6]
 
+
 def test_resuming_a_finished_run_says_so(tiny_vmae, tiny_dit, capsys):
     before = tiny_vmae.read_bytes(), tiny_dit.read_bytes()
     run(train_ae, "--out", tiny_vmae.parent, "--resume")
@@ -108,40 +125,67 @@ def test_resuming_a_finished_run_says_so(tiny_vmae, tiny_dit, capsys):
     assert "is finished, at step 8" in capsys.readouterr().out
     assert (tiny_vmae.read_bytes(), tiny_dit.read_bytes()) == before
 
+
 # ---- what training shows ----
+
 
 def test_the_start_prints_what_a_person_checks(tmp_path, tiny_vmae, capsys):
     run(train_ae, "--out", tmp_path / "a", *TINY_VIT, *SMALL, "--steps", 1)
     text = capsys.readouterr().out
-    for words in ("demo settings", "mask_ratio 0.6", "lpips 0", "4,500 images of 10 classes", "parameters", "MiB",
-                  "GFLOPs", "step 1/1", "visible", "masked", "kl", "lr", "images/s", "left"):
+    for words in (
+        "demo settings",
+        "mask_ratio 0.6",
+        "lpips 0",
+        "4,500 images of 10 classes",
+        "parameters",
+        "MiB",
+        "GFLOPs",
+        "step 1/1",
+        "visible",
+        "masked",
+        "kl",
+        "lr",
+        "images/s",
+        "left",
+    ):
         assert words in text
     run(train_dit, "--ae", tiny_vmae, "--out", tmp_path / "d", "--steps", 1, "--sample_steps", 1)
     text = capsys.readouterr().out
     mean, std = text.split("normalised latents, first micro-batch: mean ")[1].split("\n")[0].split(", std ")
     assert abs(float(mean)) < 0.1 and abs(float(std) - 1) < 0.1
 
+
 def test_gflops_are_those_of_the_paper_s_models():
-    assert 26 < train_ae.gflops(ae.VMAE(), torch.zeros(1, 3, 256, 256)) < 27   # 40% of the encoder's tokens, all of the decoder's
+    assert (
+        26 < train_ae.gflops(ae.VMAE(), torch.zeros(1, 3, 256, 256)) < 27
+    )  # 40% of the encoder's tokens, all of the decoder's
     b = dit.DiT_models["DiT-B/1"](input_size=32, in_channels=16, num_classes=1000)
     count = train_ae.gflops(b, torch.zeros(1, 16, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert abs(count - 212.7) < 0.5
 
+
 def test_pictures_have_a_row_for_each_thing_shown(tiny_vmae, tiny_dit):
-    rows = Image.open(tiny_vmae.parent / "recon.png").height // 66   # digits are shown at 64 pixels
-    assert rows == 4   # original, reconstruction, masked input, prediction
+    rows = Image.open(tiny_vmae.parent / "recon.png").height // 66  # digits are shown at 64 pixels
+    assert rows == 4  # original, reconstruction, masked input, prediction
     assert Image.open(tiny_dit.parent / "samples.png").height // 66 == 10
 
+
 # ---- images ----
+
 
 def test_center_crop_is_adm_s_for_a_known_picture():
     ramp = np.arange(64, dtype=np.uint8)[:, None].repeat(128, 1)
     crop = np.asarray(train_ae.center_crop(Image.fromarray(ramp).convert("RGB"), 32))
     assert crop.shape == (32, 32, 3)
-    assert np.array_equal(crop[:, 0, 0], np.round(ramp[:, 0].reshape(32, 2).mean(1) + 1e-9))   # BOX halves once
+    assert np.array_equal(
+        crop[:, 0, 0], np.round(ramp[:, 0].reshape(32, 2).mean(1) + 1e-9)
+    )  # BOX halves once
     wide = Image.new("RGB", (100, 40))
     wide.putpixel((50, 20), (255, 255, 255))
-    assert np.asarray(train_ae.center_crop(wide, 40))[20, 20].tolist() == [255] * 3   # from column (100 - 40) // 2
+    assert (
+        np.asarray(train_ae.center_crop(wide, 40))[20, 20].tolist() == [255] * 3
+    )  # from column (100 - 40) // 2
+
 
 def test_class_folders_and_flat_folders(folder):
     images = train_ae.Images(folder)
@@ -151,6 +195,7 @@ def test_class_folders_and_flat_folders(folder):
     flat = train_ae.Images(folder / "bees")
     assert flat.classes == [""] and len(flat) == 40
 
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
     image = train_ae.Images(folder)[0]
     make = lambda seed, epoch, index: np.asarray(train_ae.augment(32, seed, True, image, index, epoch, False))
@@ -159,18 +204,23 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
     assert np.array_equal(first, make(0, 1, 2))
     assert not any(np.array_equal(first, make(*key)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))
 
+
 def test_an_epoch_has_every_image_once_whatever_the_number_of_processes():
     class args:
         seed, batch, micro_batch, steps = 0, 12, 3, 10
+
     whole = [key for keys in train_ae.training_keys(args, 60, 0, 1, 0) for key in keys]
     assert sorted(index for index, _, _ in whole[:60]) == list(range(60))
     assert [epoch for _, epoch, _ in whole] == [0] * 60 + [1] * 60
     assert [index for index, _, _ in whole[:60]] != [index for index, _, _ in whole[60:]]
-    halves = [[key for keys in train_ae.training_keys(args, 60, rank, 2, 0) for key in keys] for rank in (0, 1)]
+    halves = [
+        [key for keys in train_ae.training_keys(args, 60, rank, 2, 0) for key in keys] for rank in (0, 1)
+    ]
     merged = [halves[p % 12 // 6][p // 12 * 6 + p % 6] for p in range(120)]
     assert merged == whole
     late = [key for keys in train_ae.training_keys(args, 60, 0, 1, 7) for key in keys]
     assert late == whole[84:]
+
 
 def test_training_in_bfloat16_learns_as_in_float32(tmp_path):
     flags = (*TINY_VIT, *SMALL, "--steps", 12, "--lr", 1e-3, "--warmup", 0)
@@ -181,6 +231,7 @@ def test_training_in_bfloat16_learns_as_in_float32(tmp_path):
     state = torch.load(tmp_path / "bfloat16" / "ckpt.pt", weights_only=True)["model"]
     assert all(value.dtype == torch.float32 for value in state.values())
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vmae", "sdvae"])
 def test_compiled_training_is_eager_training(tmp_path, model):
@@ -190,6 +241,7 @@ def test_compiled_training_is_eager_training(tmp_path, model):
     assert difference(tmp_path / "eager", tmp_path / "compiled") < 1e-4
     assert difference(tmp_path / "eager", tmp_path / "eager") == 0
 
+
 @pytest.mark.slow
 def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
     flags = ("--ae", tiny_vmae, *SMALL, "--steps", 6, "--sample_steps", 1)
@@ -197,36 +249,103 @@ def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
     run(train_dit, "--out", tmp_path / "compiled", *flags, "--compile", 1)
     assert difference(tmp_path / "eager", tmp_path / "compiled") < 1e-4
 
+
 def test_an_unreadable_image_is_skipped_by_name_and_many_stop_the_run(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "images")
-    flags = ("--data", tmp_path / "images", "--image_size", 32, "--lpips", 0, *TINY_VIT, *SMALL, "--steps", 15)
-    (tmp_path / "images" / "ants" / "000.jpg").write_bytes(b"not an image")   # one of those in recon.png
+    flags = (
+        "--data",
+        tmp_path / "images",
+        "--image_size",
+        32,
+        "--lpips",
+        0,
+        *TINY_VIT,
+        *SMALL,
+        "--steps",
+        15,
+    )
+    (tmp_path / "images" / "ants" / "000.jpg").write_bytes(b"not an image")  # one of those in recon.png
     run(train_ae, "--out", tmp_path / "a", *flags, "--workers", 2)
     assert "000.jpg" in capsys.readouterr().err
-    run(train_ae, "--out", tmp_path / "often", *flags, "--workers", 0, "--batch", 256, "--steps", 2)   # twice a batch
+    run(
+        train_ae, "--out", tmp_path / "often", *flags, "--workers", 0, "--batch", 256, "--steps", 2
+    )  # twice a batch
     for name in ("004.jpg", "006.jpg"):
         path = tmp_path / "images" / "bees" / name
         path.write_bytes(path.read_bytes()[:100])
     assert "more than 1%" in fails(train_ae, "--out", tmp_path / "b", *flags, "--workers", 2)
 
+
 # ---- the latent cache ----
+
 
 def test_training_from_the_cache_is_training_on_the_fly_up_to_16_bits(tmp_path, folder):
     size = ("--image_size", 32, "--workers", 0)
-    run(train_ae, "--data", folder, "--out", tmp_path / "ae", *TINY_VIT, *SMALL, *size, "--steps", 4, "--lpips", 0)
-    flags = ("--data", folder, "--ae", tmp_path / "ae" / "ckpt.pt", "--model", "DiT-demo/1", *SMALL, *size,
-             "--steps", 6, "--sample_steps", 1, "--cfg_scale", 1)
+    run(
+        train_ae,
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "ae",
+        *TINY_VIT,
+        *SMALL,
+        *size,
+        "--steps",
+        4,
+        "--lpips",
+        0,
+    )
+    flags = (
+        "--data",
+        folder,
+        "--ae",
+        tmp_path / "ae" / "ckpt.pt",
+        "--model",
+        "DiT-demo/1",
+        *SMALL,
+        *size,
+        "--steps",
+        6,
+        "--sample_steps",
+        1,
+        "--cfg_scale",
+        1,
+    )
     run(train_dit, "--out", tmp_path / "fly", *flags)
     run(train_dit, "--out", tmp_path / "cached", *flags, "--cache", tmp_path / "cache")
     torchrun(2, "train_dit.py", "--out", tmp_path / "two", *flags, "--cache", tmp_path / "cache2")
     for a, b, c in zip(*(log_of(tmp_path / name) for name in ("fly", "cached", "two"))):
         assert abs(a["loss"] - b["loss"]) < 1e-3 and abs(b["loss"] - c["loss"]) < 1e-5
-    assert torch.load(tmp_path / "cached" / "ckpt.pt", weights_only=True)["class_names"] == ["ants", "bees", "cats"]
+    assert torch.load(tmp_path / "cached" / "ckpt.pt", weights_only=True)["class_names"] == [
+        "ants",
+        "bees",
+        "cats",
+    ]
+
 
 def test_the_cache_holds_the_moments_of_each_image_and_its_flip(tmp_path, tiny_vmae, folder, monkeypatch):
-    monkeypatch.setattr(train_dit.Cache, "shard", 50)   # three shards
-    flags = ("--data", folder, "--ae", tiny_vmae, "--model", "DiT-demo/1", *SMALL, "--image_size", 32, "--workers", 0,
-             "--steps", 1, "--sample_steps", 1, "--cfg_scale", 1, "--cache", tmp_path / "cache")
+    monkeypatch.setattr(train_dit.Cache, "shard", 50)  # three shards
+    flags = (
+        "--data",
+        folder,
+        "--ae",
+        tiny_vmae,
+        "--model",
+        "DiT-demo/1",
+        *SMALL,
+        "--image_size",
+        32,
+        "--workers",
+        0,
+        "--steps",
+        1,
+        "--sample_steps",
+        1,
+        "--cfg_scale",
+        1,
+        "--cache",
+        tmp_path / "cache",
+    )
     run(train_dit, "--out", tmp_path / "a", *flags)
     images, autoencoder = train_ae.Images(folder), ae.load(tiny_vmae)
     for index in (0, 49, 50, 119):
@@ -253,26 +372,45 @@ def test_the_cache_holds_the_moments_of_each_image_and_its_flip(tmp_path, tiny_v
     state = torch.load(tiny_vmae, weights_only=True)
     state["model"]["norm.bias"] += 1
     torch.save(state, tmp_path / "other.pt")
-    assert "another autoencoder" in fails(train_dit, "--out", tmp_path / "c", *flags, "--ae", tmp_path / "other.pt")
+    assert "another autoencoder" in fails(
+        train_dit, "--out", tmp_path / "c", *flags, "--ae", tmp_path / "other.pt"
+    )
     shutil.copytree(folder, tmp_path / "elsewhere")
     message = fails(train_dit, "--out", tmp_path / "d", *flags, "--data", tmp_path / "elsewhere")
     assert "another folder" in message
 
+
 def test_the_cache_of_digits_has_no_flips(tmp_path, tiny_vmae):
-    run(train_dit, "--ae", tiny_vmae, "--out", tmp_path / "a", *SMALL, "--steps", 1, "--sample_steps", 1,
-        "--cache", tmp_path / "cache")
+    run(
+        train_dit,
+        "--ae",
+        tiny_vmae,
+        "--out",
+        tmp_path / "a",
+        *SMALL,
+        "--steps",
+        1,
+        "--sample_steps",
+        1,
+        "--cache",
+        tmp_path / "cache",
+    )
     cache = train_dit.Cache(tmp_path / "cache", train_ae.Images(None))
     assert torch.equal(cache[[(7, 0, True)]][0], cache[[(7, 0, False)]][0])
+
 
 def test_each_access_draws_a_fresh_posterior_sample(tiny_vmae):
     posterior = ae.load(tiny_vmae).encode(normal(0, 1, 3, 32, 32))
     draws = [torch.randn(1, 8, 4, 4, generator=train_ae.generator("cpu", 0, step)) for step in (1, 2)]
     assert not torch.equal(posterior.sample(draws[0]), posterior.sample(draws[1]))
 
+
 def test_latent_statistics_normalise_each_channel(tiny_vmae):
     images, autoencoder = train_ae.Images(None), ae.load(tiny_vmae).requires_grad_(False)
+
     class args:
         seed, device, workers, latent_shape = 0, "cpu", 0, (8, 4, 4)
+
     dataset = train_ae.Batches(images, train_dit.functools.partial(train_dit.crop_and_flip, 32, False))
     mean, std = train_dit.latent_statistics(dataset, autoencoder.encode, args, len(images), 0, 1)
     x = torch.from_numpy(images.files).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
@@ -280,7 +418,9 @@ def test_latent_statistics_normalise_each_channel(tiny_vmae):
     torch.testing.assert_close(mean, z.mean((0, 2, 3)), rtol=0.02, atol=0.02)
     torch.testing.assert_close(std, z.std((0, 2, 3)), rtol=0.02, atol=0.02)
 
+
 # ---- sample.py ----
+
 
 def test_a_dit_checkpoint_is_enough_to_draw_from(tmp_path, tiny_dit, capsys):
     moved = tmp_path / "alone.pt"
@@ -294,6 +434,7 @@ def test_a_dit_checkpoint_is_enough_to_draw_from(tmp_path, tiny_dit, capsys):
     assert np.array_equal(pair, np.asarray(Image.open(tmp_path / "samples.png")))
     assert Image.open(tmp_path / "samples.png").height // 66 == 2
 
+
 def test_sample_i_depends_on_seed_and_i_alone(tmp_path, tiny_dit, monkeypatch):
     monkeypatch.setattr(sample, "PART", 16)
     load = lambda name: np.load(tmp_path / name / "samples.npz")
@@ -306,39 +447,62 @@ def test_sample_i_depends_on_seed_and_i_alone(tmp_path, tiny_dit, monkeypatch):
     assert a["arr_0"].shape == (40, 32, 32, 3) and a["arr_0"].dtype == np.uint8 and a["arr_1"].shape == (40,)
     for other, n in (("b", 24), ("c", 40)):
         assert np.array_equal(a["arr_1"][:n], load(other)["arr_1"])
-        assert np.abs(a["arr_0"][:n].astype(int) - load(other)["arr_0"]).max() <= 1   # rounding of another batch
+        assert (
+            np.abs(a["arr_0"][:n].astype(int) - load(other)["arr_0"]).max() <= 1
+        )  # rounding of another batch
     assert np.abs(a["arr_0"][:24].astype(int) - load("d")["arr_0"]).max() > 20
     assert len(set(a["arr_1"].tolist())) > 5
 
+
 def test_a_flat_folder_is_one_class_without_guidance(tmp_path, tiny_vmae, folder):
-    run(train_dit, "--data", folder / "ants", "--ae", tiny_vmae, "--model", "DiT-demo/1", "--workers", 0, *SMALL,
-        "--steps", 2, "--sample_steps", 2, "--out", tmp_path)
+    run(
+        train_dit,
+        "--data",
+        folder / "ants",
+        "--ae",
+        tiny_vmae,
+        "--model",
+        "DiT-demo/1",
+        "--workers",
+        0,
+        *SMALL,
+        "--steps",
+        2,
+        "--sample_steps",
+        2,
+        "--out",
+        tmp_path,
+    )
     ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert len(ckpt["ema"]["y_embedder.embedding_table.weight"]) == 1 and ckpt["args"]["cfg_scale"] == 1
     run(sample, "--ckpt", tmp_path / "ckpt.pt")
     run(sample, "--ckpt", tmp_path / "ckpt.pt", "--num", 3)
-    assert np.load(tmp_path / "samples.npz").files == ["arr_0"]   # no labels where there are no classes
+    assert np.load(tmp_path / "samples.npz").files == ["arr_0"]  # no labels where there are no classes
     assert "several classes" in fails(sample, "--ckpt", tmp_path / "ckpt.pt", "--cfg_scale", 3)
+
 
 def test_an_interrupted_samples_npz_goes_on(tmp_path, tiny_dit, monkeypatch):
     monkeypatch.setattr(sample, "PART", 8)
     flags = ("--ckpt", tiny_dit, "--steps", 2, "--num", 30, "--out")
     run(sample, *flags, tmp_path / "whole")
     drawn, real_draw = [], sample.draw
+
     def draw(loaded, args, indices, labels):
         drawn.append(list(indices))
         if len(drawn) == 3:
             raise KeyboardInterrupt
         return real_draw(loaded, args, indices, labels)
+
     monkeypatch.setattr(sample, "draw", draw)
     with pytest.raises(KeyboardInterrupt):
         run(sample, *flags, tmp_path / "cut")
     assert "other settings" in fails(sample, *flags, tmp_path / "cut", "--seed", 3)
     run(sample, *flags, tmp_path / "cut")
-    assert drawn[3:] == [list(range(16, 24)), list(range(24, 30))]   # the first two parts are not drawn again
+    assert drawn[3:] == [list(range(16, 24)), list(range(24, 30))]  # the first two parts are not drawn again
     for name in ("arr_0", "arr_1"):
         assert np.array_equal(*(np.load(tmp_path / out / "samples.npz")[name] for out in ("whole", "cut")))
     assert not (tmp_path / "cut" / "samples.parts").exists()
+
 
 def test_weights_of_others_are_drawn_with_ae_and_stats(tmp_path, tiny_vmae, tiny_dit):
     ckpt = torch.load(tiny_dit, weights_only=True)
@@ -348,12 +512,24 @@ def test_weights_of_others_are_drawn_with_ae_and_stats(tmp_path, tiny_vmae, tiny
     assert "--ae" in fails(sample, "--ckpt", tmp_path / "lightning.pt")
     assert "--stats" in fails(sample, "--ckpt", tmp_path / "lightning.pt", "--ae", tiny_vmae)
     same = ("--num", 6, "--steps", 4, "--cfg_scale", 2, "--cfg_channels", 8)
-    run(sample, "--ckpt", tmp_path / "lightning.pt", "--ae", tiny_vmae, "--stats", tmp_path / "latents_stats.pt",
-        "--out", tmp_path / "theirs", *same)
+    run(
+        sample,
+        "--ckpt",
+        tmp_path / "lightning.pt",
+        "--ae",
+        tiny_vmae,
+        "--stats",
+        tmp_path / "latents_stats.pt",
+        "--out",
+        tmp_path / "theirs",
+        *same,
+    )
     run(sample, "--ckpt", tiny_dit, "--out", tmp_path / "ours", *same)
     assert np.array_equal(*(np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("ours", "theirs")))
 
+
 # ---- wrong input: one sentence, exit 1 ----
+
 
 def wrong_autoencoder_runs(tmp):
     (tmp / "empty").mkdir()
@@ -385,16 +561,21 @@ def wrong_autoencoder_runs(tmp):
     yield ("--seed", -1), "--seed"
     yield ("--model", "sdvae", "--image_size", 16), "discriminator"
 
+
 def test_mistakes_with_train_ae_get_one_sentence(tmp_path):
     for k, (flags, words) in enumerate(wrong_autoencoder_runs(tmp_path)):
         assert words in fails(train_ae, "--out", tmp_path / str(k), *flags)
 
+
 def test_an_out_folder_with_a_checkpoint_is_not_overwritten_nor_resumed_as_another_run(tiny_vmae, tiny_dit):
     assert "--resume" in fails(train_ae, "--out", tiny_vmae.parent)
-    assert "--hidden_size 32, not 64" in fails(train_ae, "--out", tiny_vmae.parent, "--resume", "--hidden_size", 64)
+    assert "--hidden_size 32, not 64" in fails(
+        train_ae, "--out", tiny_vmae.parent, "--resume", "--hidden_size", 64
+    )
     assert "--lr" in fails(train_dit, "--out", tiny_dit.parent, "--resume", "--lr", 1)
     assert "kind autoencoder" in fails(train_dit, "--out", tiny_vmae.parent, "--resume")
     assert "kind dit" in fails(train_ae, "--out", tiny_dit.parent, "--resume")
+
 
 def test_mistakes_with_train_dit_and_sample_get_one_sentence(tmp_path, tiny_vmae, tiny_dit):
     out = ("--out", tmp_path / "out")
@@ -418,21 +599,28 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence(tmp_path, tiny_vmae
     assert "--num" in fails(sample, "--ckpt", tiny_dit, "--num", 0)
     assert "--steps" in fails(sample, "--ckpt", tiny_dit, "--steps", 0)
 
+
 def test_lpips_without_its_weights_stops_the_run(tmp_path, folder, monkeypatch):
     import urllib.error
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
+
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     message = fails(train_ae, "--data", folder, "--image_size", 32, "--out", tmp_path / "a", *TINY_VIT)
     assert "--lpips 0" in message and "vgg16-397923af.pth" in message
     assert sys.getsizeof(message) < 1000
 
+
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     train_ae.save(str(tmp_path / "ckpt.pt"), {"step": 1})
+
     def torn(ckpt, file):
         file.write(b"half")
         raise OSError("disk full")
+
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError):
         train_ae.save(str(tmp_path / "ckpt.pt"), {"step": 2})
