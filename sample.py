@@ -42,7 +42,7 @@ def parse_args():
     add("--out", help="folder to write into (default: the checkpoint's)")
     add = parser.add_argument_group("how (default: the checkpoint's, else the paper's)").add_argument
     add("--steps", type=int, help="Euler steps (demo: 100, paper: 250)")
-    add("--cfg_scale", type=float, help="guidance, 1 is none (demo: 1.2, paper: 10, 1 with a single class)")
+    add("--cfg_scale", type=float, help="guidance, 1 is none (demo: 1.3, paper: 10, 1 with a single class)")
     add("--cfg_channels", type=int, help="guided latent channels, the first ones (demo: 16, paper: 3)")
     add("--cfg_start", type=float, help="time from which on they are (demo and paper: 0.1)")
     add("--shift", type=float, help="of the time grid, below 1 towards the noise (demo and paper: 0.3)")

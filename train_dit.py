@@ -35,7 +35,7 @@ FLAGS = {
         ("ae", str, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
         ("cache", str, None, None, "folder for all images' moments, in 16 bit; none: encode on the fly"),
         ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
-        ("ckpt_every", count, 1000, 5000, "steps between checkpoints and pictures"),
+        ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [
         ("model", tuple(dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
@@ -45,9 +45,9 @@ FLAGS = {
         ("cosine_loss", bool, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
-        ("steps", count, 3000, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
-        ("batch", count, 64, 1024, "images an optimiser step, over all processes, S"),
-        ("micro_batch", count, 64, 32,
+        ("steps", count, 5600, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
+        ("batch", count, 32, 1024, "images an optimiser step, over all processes, S"),
+        ("micro_batch", count, 32, 32,
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
         ("lr", weight, 2e-3, 2e-4, "constant, S"),
         ("betas", [share, share], [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
@@ -55,7 +55,7 @@ FLAGS = {
     ],
     "sampling, for samples.png and as defaults of sample.py": [
         ("sample_steps", count, 100, 250, "Euler steps, S"),
-        ("cfg_scale", weight, 1.2, 10.0, "guidance; 1, none, with a single class, R"),
+        ("cfg_scale", weight, 1.3, 10.0, "guidance; 1, none, with a single class, R"),
         ("cfg_channels", natural, 16, 3, "latent channels that are guided, the first ones, R"),
         ("cfg_start", share, 0.1, 0.1, "time from which on they are, R"),
         ("shift", positive, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),

@@ -582,7 +582,7 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence(tmp_path, tiny_vmae
     assert "no checkpoint file" in fails(train_dit, *out, "--ae", tmp_path / "nothing.pt")
     assert "holds a DiT" in fails(train_dit, *out, "--ae", tiny_dit)
     assert "32 pixels" in fails(train_dit, *out, "--ae", tiny_vmae, "--image_size", 64)
-    assert "does not divide" in fails(train_dit, *out, "--ae", tiny_vmae, "--micro_batch", 60)
+    assert "does not divide" in fails(train_dit, *out, "--ae", tiny_vmae, "--micro_batch", 31)
     assert "classes" in fails(train_dit, *out, "--ae", tiny_vmae, "--class_dropout", 0, "--cfg_scale", 3)
     assert "--shift" in fails(train_dit, *out, "--ae", tiny_vmae, "--shift", 0)
     (tmp_path / "file").write_text("")
