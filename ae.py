@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import struct
+import sys
 import warnings
 
 import numpy as np
@@ -522,7 +523,26 @@ def resize_positions(state, grid):
         state[name] = table.flatten(2).transpose(1, 2)
     return state
 
-# ---- Pictures ----
+# ---- What all scripts share ----
+
+def or_exit(function, *args, **kwargs):
+    """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
+    try:
+        return function(*args, **kwargs)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+
+def choose_device(name):
+    """This process's device, "cpu" or "cuda:N", from what --device says; TF32 for float32 on a GPU."""
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = name or "cpu"
+    if name not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        sys.exit(f"--device {name} is not there: PyTorch finds {torch.cuda.device_count()} GPUs")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+        torch.set_float32_matmul_precision("high")
+    return name
 
 def to_uint8(x):
     """Images (B, 3, H, W), about [-1, 1] -> NumPy uint8 (B, H, W, 3): floor(clamp(127.5 x + 128))."""

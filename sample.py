@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import ae
 import dit
+from ae import choose_device, or_exit
 
 PAPER = {"sample_steps": 250, "cfg_scale": 10.0, "cfg_channels": 3, "cfg_start": 0.1, "shift": 0.3}
 SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]   # the ImageNet classes that the authors' release shows
@@ -57,13 +58,6 @@ def parse_args():
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             sys.exit(f"--{name} {getattr(args, name)} is too small: {low} at least")
     return args
-
-def or_exit(function, *args, **kwargs):
-    """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
-    try:
-        return function(*args, **kwargs)
-    except (OSError, ValueError) as error:
-        sys.exit(f"sample.py: {error}")
 
 def load(args):
     """DiT, autoencoder, latent mean and std (C, 1, 1), on the device; class names, sampling settings."""
@@ -178,14 +172,7 @@ def draw_npz(loaded, args, rank, world):
 def main():
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device in (None, "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = args.device or "cpu"
-    if args.device not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        sys.exit(f"--device {args.device} is not there: PyTorch finds {torch.cuda.device_count()} GPUs")
-    if args.device != "cpu":
-        torch.cuda.set_device(args.device)
-        torch.set_float32_matmul_precision("high")   # TF32
+    args.device = choose_device(args.device)
     args.out = args.out or os.path.dirname(args.ckpt) or "."
     loaded = load(args)
     classes = len(loaded[4])

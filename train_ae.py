@@ -32,6 +32,7 @@ from torchvision.transforms import RandomResizedCrop
 
 import ae
 import fid
+from ae import choose_device, or_exit
 
 def number(low, high=math.inf, kind=float):
     """The type of a flag: a number from low to high."""
@@ -127,13 +128,6 @@ ARGUMENTS = {"ae": CONV, "dae": (*CONV, "noise_std"), "vae": CONV, "sdvae": CONV
 FREE_ON_RESUME = {"data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers",
                   "steps", "micro_batch", "log_every", "ckpt_every"}   # may differ from the resumed run's
 
-def or_exit(function, *args, **kwargs):
-    """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
-    try:
-        return function(*args, **kwargs)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
-
 def parse_args(doc, flags, kind):
     """(args, checkpoint to resume or None). A flag not given is the resumed run's, else the table's default.
 
@@ -193,17 +187,10 @@ def setup(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         print("paper settings" if args.data else "demo settings, for want of --data", flush=True)
-    if args.device in (None, "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = args.device or "cpu"
-    if args.device not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        sys.exit(f"--device {args.device} is not there: PyTorch finds {torch.cuda.device_count()} GPUs")
+    args.device = choose_device(args.device)
     cuda = args.device != "cpu"
     args.autocast = (args.dtype or ("bfloat16" if cuda else "float32")) == "bfloat16"
     args.compiled = bool(cuda if args.compile is None else args.compile)
-    if cuda:
-        torch.cuda.set_device(args.device)
-        torch.set_float32_matmul_precision("high")   # TF32 for what stays float32
     if args.batch % world:
         sys.exit(f"--batch {args.batch} does not divide over {world} processes")
     part = args.batch // world   # images of one process in a step

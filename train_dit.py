@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
+from ae import or_exit
 from train_ae import (RUN, Batches, Images, center_crop, count, generator, introduce, load_batches, log,
-                      natural, or_exit, parse_args, positive, rewind_log, save, settings, setup, share,
-                      switch, training_keys, weight)
+                      natural, parse_args, positive, rewind_log, save, settings, setup, share, switch,
+                      training_keys, weight)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
 FLAGS = {
