@@ -17,12 +17,15 @@ over positions and images. The loss is the sum of `terms` (detached scalars) tim
 """
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import pickle
 import struct
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # what torch.load raises on files that it did not write, or that lost a part
 NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error,
-                 AttributeError, TypeError)
+                 AttributeError, TypeError, zipfile.BadZipFile)
 
 class Posterior:
     """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
@@ -465,19 +468,36 @@ def lpips_vgg():
 def read_checkpoint(path):
     """A checkpoint file -> dict on the CPU; nothing in it can run code. FileNotFoundError, ValueError."""
     torch.serialization.add_safe_globals([argparse.Namespace])   # the release's files hold one
+    if os.path.exists(os.path.join(path, "source.json")):
+        raise ValueError(f"{path} is a latent cache, not a checkpoint: it belongs behind train_dit.py --cache")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
+        hint = f", but there is {path}/ckpt.pt" if os.path.exists(os.path.join(path, "ckpt.pt")) else ""
+        raise FileNotFoundError(f"there is no checkpoint file {path}{hint}")
     try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch compares no checksums
+            raise ValueError
     except NO_CHECKPOINT:
         raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
     return ckpt
 
+def read_safetensors(path):
+    """Hugging Face's format: the header's length in 8 bytes, the header in JSON, the tensors' bytes."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = bytearray(file.read())
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    header.pop("__metadata__", None)
+    return {name: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=types[entry["dtype"]])
+            .view(entry["shape"]) for name, entry in header.items()}
+
 def load(path):
-    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or the
-    state dict of diffusers' AutoencoderKL. FileNotFoundError, ValueError: a sentence that says what is wrong.
+    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or of
+    diffusers' AutoencoderKL (.safetensors too). FileNotFoundError, ValueError: a sentence on what is wrong.
     """
     return from_checkpoint(read_checkpoint(path), path)
 
@@ -531,6 +551,22 @@ def or_exit(function, *args, **kwargs):
         return function(*args, **kwargs)
     except (OSError, ValueError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write, which appears under its name when all of it is on the disk; else OSError."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:   # torch.save lays its own error upon the disk's
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        while error.__context__:
+            error = error.__context__
+        raise OSError(f"{path} cannot be written: {error}")
 
 def choose_device(name):
     """This process's device, "cpu" or "cuda:N", from what --device says; TF32 for float32 on a GPU."""

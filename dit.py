@@ -227,7 +227,8 @@ def load(path):
     Raises FileNotFoundError or ValueError, one sentence that says what is wrong.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
+        hint = f", but there is {path}/ckpt.pt" if os.path.exists(os.path.join(path, "ckpt.pt")) else ""
+        raise FileNotFoundError(f"there is no checkpoint file {path}{hint}")
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
     except NO_CHECKPOINT:

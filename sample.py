@@ -128,9 +128,8 @@ def draw_npz(loaded, args, rank, world):
     record = os.path.join(parts, "settings.json")
     if rank == 0 and not os.path.exists(record):
         os.makedirs(parts, exist_ok=True)
-        with open(record + ".tmp", "w") as file:
-            json.dump(wanted, file)
-        os.replace(record + ".tmp", record)
+        with ae.whole_file(record) as file:
+            file.write(json.dumps(wanted).encode())
     if world > 1:
         dist.barrier()
     if json.load(open(record)) != wanted:
@@ -149,15 +148,15 @@ def draw_npz(loaded, args, rank, world):
             images.append(drawn[0])
             labels.append(drawn[1])
             bar.update(len(drawn[0]))
-        np.savez(files[k] + ".tmp.npz", images=np.concatenate(images), labels=np.concatenate(labels))
-        os.replace(files[k] + ".tmp.npz", files[k])
+        with ae.whole_file(files[k]) as file:
+            np.savez(file, images=np.concatenate(images), labels=np.concatenate(labels))
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
         header = {"descr": "|u1", "fortran_order": False,
                   "shape": (args.num, *np.load(files[0])["images"].shape[1:])}
-        with zipfile.ZipFile(path + ".tmp", "w") as archive:
+        with ae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as out:
                 np.lib.format.write_array_header_1_0(out, header)
                 for file in files:
@@ -165,7 +164,6 @@ def draw_npz(loaded, args, rank, world):
             if len(loaded[4]) > 1:
                 with archive.open("arr_1.npy", "w") as out:
                     np.save(out, np.concatenate([np.load(file)["labels"] for file in files]))
-        os.replace(path + ".tmp", path)
         shutil.rmtree(parts)
         print(f"wrote {path}: {args.num} samples")
 
@@ -188,7 +186,7 @@ def main():
         args.labels = args.labels or list(range(classes))
         if world > 1:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        draw_npz(loaded, args, rank, world)
+        or_exit(draw_npz, loaded, args, rank, world)
         if world > 1:
             dist.destroy_process_group()
     elif rank == 0:

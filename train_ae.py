@@ -18,6 +18,8 @@ import glob
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 
@@ -56,9 +58,10 @@ RUN = [   # of both training scripts
     ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
     ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
     ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
-    ("workers", natural, 0, 8, "processes a rank that load images or latents"),
+    ("workers", natural, 0, min(8, os.cpu_count()), "processes a rank that load images or latents"),
     ("log_every", count, 50, 50, "steps between log lines"),
 ]
+CLIP = ("grad_clip", positive, math.inf, math.inf, "longest gradient, longer ones are scaled; S: none")
 FLAGS = {
     "run": [
         *RUN,
@@ -107,6 +110,7 @@ FLAGS = {
          {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4, "tune": 1e-5}, "learning rate at batch 256, S, tune R"),
         ("lr", weight, None, None, "learning rate; default: base_lr * batch / 256"),
         ("betas", [share, share], [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, O"),
+        CLIP,
         ("weight_decay", weight, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
     "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
@@ -123,18 +127,28 @@ VIT = ("image_size", "patch_size", "hidden_size", "depth", "decoder_depth", "num
 ARGUMENTS = {"ae": CONV, "dae": (*CONV, "noise_std"), "vae": CONV, "sdvae": CONV, "mae": VIT,
              "vmae": (*VIT, "prior_std", "tune_decoder")}   # of the classes in ae.MODELS, by the flag's name
 
+def flags_of(model):
+    """Flags that not every autoencoder has."""
+    disc = {"disc_weight", "disc_start", "disc_loss"} if model == "sdvae" else set()
+    return {*ARGUMENTS[model], *ae.MODELS[model].weights, *disc} - {"image_size"}
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)   # end a training run after its step
+
 # ---- Settings, shared with train_dit.py ----
 
 FREE_ON_RESUME = {"data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers",
-                  "steps", "micro_batch", "log_every", "ckpt_every"}   # may differ from the resumed run's
+                  "steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every"}   # or not
 
 def parse_args(doc, flags, kind):
     """(args, checkpoint to resume or None). A flag not given is the resumed run's, else the table's default.
 
     kind: of the checkpoints that this script resumes.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=formatter, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        usage="%(prog)s [flags]", epilog="Sources of defaults: S supplement, R the authors' release and "
+        "LightningDiT, V VQGAN and latent\ndiffusion, O our choice. demo: without --data, paper: with it.")
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
     rows = [(title, *row) for title in flags for row in flags[title]]
     groups = {title: parser.add_argument_group(title) for title in flags}
@@ -145,14 +159,16 @@ def parse_args(doc, flags, kind):
         if (demo, paper) != (None, None):
             shown = [", ".join(f"{model} {x}".removeprefix("* ") for model, x in value.items())
                      if isinstance(value, dict) else value for value in (demo, paper)]
-            text += f" (demo: {shown[0]}; paper: {shown[1]})"
+            text += f" (demo: {shown[0]}; paper: {shown[1]})" if demo != paper else f" (default: {shown[0]})"
         how = {"type": type_}
         if isinstance(type_, tuple):
             how = {"choices": type_}
         elif type_ is switch:
-            how = {"type": type_, "nargs": "?", "const": 1}
+            how = {"type": type_, "nargs": "?", "const": 1, "metavar": "0/1"}
         elif isinstance(type_, list):
             how = {"type": type_[0], "nargs": len(type_) if len(type_) > 1 else "+"}
+        if not {"choices", "metavar"} & how.keys():
+            how["metavar"] = how["type"].__name__.upper()
         groups[title].add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
 
@@ -162,9 +178,12 @@ def parse_args(doc, flags, kind):
     args = {k: v.get(column, v.get(model, v["*"])) if isinstance(v, dict) else v for k, v in args.items()}
     args["out"] = "out/eval" if "eval" in given else args["out"].format(model=model)
     args |= given
+    if args.get("cache") and "cache" not in given:
+        args["cache"] = args["cache"].format(out=args["out"])
     path, ckpt = os.path.join(args["out"], "ckpt.pt"), None
+    exists = os.path.exists(path) or os.path.exists(previous(path))
     if args["resume"]:
-        ckpt = or_exit(ae.read_checkpoint, path)
+        ckpt = or_exit(read_latest, path)
         if ckpt.get("kind") != kind or "args" not in ckpt:
             sys.exit(f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out")
         saved = ckpt["args"]
@@ -172,8 +191,12 @@ def parse_args(doc, flags, kind):
             if given[name] != saved[name]:
                 sys.exit(f"{path} is of a run with --{name} {saved[name]}, not {given[name]}: leave the flag "
                          "out to resume it, or start afresh in another --out")
-        args = {**args, **saved, **given, "out": args["out"]}
-    elif os.path.exists(path) and "eval" not in given:
+        paths = {name: args[name] for name in ("out", "data", "cache") if name in args}
+        for name, value in paths.items():
+            if saved[name] and not value:   # no path that a file names is opened
+                sys.exit(f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again")
+        args = {**args, **saved, **given, **paths}
+    elif exists and "eval" not in given:
         sys.exit(f"{path} exists: go on with --resume, or choose another --out")
     return argparse.Namespace(**args, given=set(given)), ckpt
 
@@ -199,7 +222,8 @@ def setup(args):
     args.micro_batch = max(m for m in range(1, min(args.micro_batch, part) + 1) if part % m == 0)
     or_exit(os.makedirs, args.out, exist_ok=True)
     if world > 1:   # the others wait while rank 0 draws pictures, or one fills the cache's last shard
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=6))
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
     return rank, world
 
 def introduce(args, images, world, net, *inputs):
@@ -226,30 +250,134 @@ def generator(device, *key):
     """All that is random in a step comes from generator(device, seed, step)."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
-def save(path, ckpt):
-    """Whole or not at all: a reader never sees a half-written file."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(ckpt, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+def previous(path):
+    return path.removesuffix(".pt") + ".previous.pt"
 
-def log(args, step, terms, speed):
-    """A line on the screen and in log.jsonl: step, the terms by name, images a second, time left."""
-    left = int((args.steps - step) * args.batch / speed)
-    print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
-          + f"  {speed:.0f} images/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
-    line = {"step": step, **terms, "images_per_s": round(speed, 1), "seconds_left": left}
-    with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-        file.write(json.dumps(line) + "\n")
+def read_latest(path):
+    """The checkpoint to resume: ckpt.pt, or with a warning the one before if that is damaged or missing."""
+    try:
+        return ae.read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        if not os.path.exists(previous(path)):
+            raise
+        print(f"warning: {error}; going on from the one before, {previous(path)}", file=sys.stderr)
+        return ae.read_checkpoint(previous(path))
 
-def rewind_log(args, step):
-    """Drop the lines after a step, which a resumed run writes again."""
-    path = os.path.join(args.out, "log.jsonl")
-    lines = open(path).readlines() if os.path.exists(path) else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]   # else torn
-    with open(path, "w") as file:
-        file.writelines(lines)
+class Run:
+    """The bookkeeping of a training run: its log, its checkpoints, and what may happen on the way.
+
+    A step with a loss or a gradient that is not finite changes nothing, 20 of them in a row end the run;
+    SIGTERM and SIGINT end it after the step, saved. Only a step that is logged or saved waits for the device.
+    """
+    def __init__(self, args, rank, world, ckpt):
+        self.args, self.rank, self.world = args, rank, world
+        self.done = ckpt["step"] if ckpt else 0   # steps
+        self.skipped = torch.tensor(ckpt["skipped"] if ckpt else 0.0, device=args.device)   # of these
+        self.in_row = torch.zeros((), device=args.device)              # skipped ones, up to now
+        self.seen = torch.zeros((), pin_memory=args.device != "cpu")   # the same, on a GPU some steps ago
+        self.ending = self.signalled = False
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
+        self.log = os.path.join(args.out, "log.jsonl")
+        if rank == 0 and os.path.exists(self.log):   # what follows the checkpoint comes again
+            with open(self.log) as file:
+                lines = [line for line in file if line.endswith("\n")]   # else torn
+            with ae.whole_file(self.log) as file:
+                kept = [line for line in lines if json.loads(line)["step"] <= self.done]
+                file.write("".join(kept).encode())
+        self.clock = time.time(), self.done
+
+    def on_signal(self, number, frame):
+        self.signalled = True
+
+    def step(self, terms, optimizers, lr):
+        """An optimiser step and, if it is due, its log line. terms: detached scalars, of this process.
+
+        Returns 1.0, or 0.0 for a step that was skipped, as a tensor on the device.
+        """
+        norms = []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip))
+        values = torch.stack(list(terms.values()))
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        bad = 1 - torch.cat([values, torch.stack(norms)]).isfinite().all().float()
+        for optimizer in optimizers:
+            optimizer.found_inf = bad   # as torch.amp tells a fused optimiser, on the device, to do nothing
+            optimizer.step()
+            optimizer.zero_grad()
+        self.skipped += bad
+        self.in_row = (self.in_row + 1) * bad
+        self.seen.copy_(self.in_row, non_blocking=True)
+        self.done += 1
+        if self.done == 1 or self.done % self.args.log_every == 0 or self.done == self.args.steps:
+            values = torch.cat([values, norms[0][None], self.skipped[None]]).tolist()   # waits for the device
+            if self.rank == 0:
+                self.write({**dict(zip([*terms, "grad_norm", "skipped"], values)), "lr": lr})
+            self.clock = time.time(), self.done
+        return 1 - bad
+
+    def write(self, terms):
+        """A line on the screen and in log.jsonl."""
+        speed = (self.done - self.clock[1]) * self.args.batch / (time.time() - self.clock[0])
+        left = int((self.args.steps - self.done) * self.args.batch / speed)
+        print(f"step {self.done}/{self.args.steps}", *(f"{name} {term:.4g}" for name, term in terms.items()),
+              f"{speed:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", sep="  ",
+              flush=True)
+        line = {"step": self.done, **terms, "images_per_s": round(speed, 1), "seconds_left": left}
+        try:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+    def due(self):
+        """Whether a checkpoint is: by the number of steps, or because a signal reached any process."""
+        flags = torch.tensor([self.signalled, self.seen >= 20], dtype=torch.int)
+        if self.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)   # on the CPU, it does not wait for a GPU
+        self.ending = bool(flags[0])
+        if flags[1]:
+            sys.exit("20 steps in a row had a loss or a gradient that is not finite and were skipped: go on "
+                     "from the last checkpoint with --resume and a smaller --lr or --grad_clip 1")
+        return self.ending or self.done % self.args.ckpt_every == 0 or self.done == self.args.steps
+
+    def save(self, ckpt, draw):
+        """ckpt.pt, whole or not at all, the one before as ckpt.previous.pt; then the picture, by draw()."""
+        path = os.path.join(self.args.out, "ckpt.pt")
+        ckpt = {**ckpt, "step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
+        try:
+            with ae.whole_file(path + ".new") as file:
+                torch.save(ckpt, file)
+            if os.path.exists(path):
+                os.replace(path, previous(path))
+            os.replace(path + ".new", path)
+            if not self.ending:
+                draw()
+            self.clock = time.time(), self.done   # without the time this took
+            self.saved = True
+        except OSError as error:
+            print(f"warning: step {self.done} is not saved, {path} stays as it was: {error}", file=sys.stderr)
+            self.saved = False
+
+    def finish(self, picture):
+        """The last words."""
+        if self.world > 1:
+            dist.destroy_process_group()
+        if self.rank > 0:
+            return
+        if not self.saved:
+            sys.exit("the end of the run is not saved: make room, then go on with --resume")
+        if self.ending:
+            launch = f"torchrun --nproc_per_node={self.world} --" if self.world > 1 else "python"
+            command = shlex.join(sys.argv) + " --resume" * (not self.args.resume)
+            print(f"stopped by a signal after step {self.done}; to go on:\n{launch} {command}", flush=True)
+        else:
+            print(f"wrote {self.args.out}/ckpt.pt and {self.args.out}/{picture}")
 
 # ---- Images, shared with train_dit.py ----
 
@@ -291,7 +419,12 @@ class Images:
         if self.digits:
             return Image.fromarray(self.files[index]).convert("RGB")
         with Image.open(self.files[index]) as image:
-            return image.convert("RGB")
+            image.load()
+            if max(image.size) > 50 * min(image.size):
+                raise ValueError("a strip of which a square crop shows nothing")
+            if image.mode.startswith("I"):   # 16-bit grey, which convert would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image if image.mode == "RGB" else image.convert("RGB")
 
 def stem(file):
     return os.path.splitext(os.path.basename(file))[0]
@@ -311,7 +444,7 @@ def augment(size, seed, photographs, image, index, epoch, flip):
     """
     if not photographs:
         return center_crop(image, size)
-    torch.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from the global generator
+    torch.default_generator.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from it
     top, left, height, width = RandomResizedCrop.get_params(image, (0.75, 1.0), (3 / 4, 4 / 3))
     image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.BICUBIC)
     return image.transpose(Image.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
@@ -341,21 +474,31 @@ class Batches(torch.utils.data.Dataset):
             labels.append(self.images.labels[index])
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), sorted(bad)
 
+def ignore_signals(worker):
+    """A signal to the process group is the training loop's, which ends after its step; workers go with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
 def load_batches(dataset, keys, args):
     """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device; workers work ahead."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=keys, num_workers=args.workers,
-                                         pin_memory=args.device.startswith("cuda"))
+                                         pin_memory=args.device != "cpu", worker_init_fn=ignore_signals)
     bad = set()
-    for x, y, unreadable in loader:
-        for index in set(unreadable) - bad:
-            print(f"warning: {dataset.images.files[index]} cannot be read, it is skipped", file=sys.stderr)
-        bad.update(unreadable)
-        if len(bad) > dataset.limit:
-            sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than "
-                     f"{dataset.limit / len(dataset.images):.0%}: remove them")
-        x = x.to(args.device, non_blocking=True)
-        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-        yield x, y.to(args.device, non_blocking=True)
+    try:
+        for x, y, unreadable in loader:
+            for index in set(unreadable) - bad:
+                print(f"warning: {dataset.images.files[index]} cannot be read, skipped", file=sys.stderr)
+            bad.update(unreadable)
+            if len(bad) > dataset.limit:
+                sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than "
+                         f"{dataset.limit / len(dataset.images):.0%}: remove them")
+            x = x.to(args.device, non_blocking=True)
+            x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+            yield x, y.to(args.device, non_blocking=True)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            sys.exit(f"a process that loads images died, for want of memory? Try fewer --workers. {error}")
+        raise
 
 def training_keys(args, n, rank, world, start):
     """(index, epoch, flip) of each image, micro-batch by micro-batch: this rank's part of every global batch.
@@ -389,6 +532,7 @@ def preview_images(images, args):
 @torch.no_grad()
 def draw_reconstructions(net, x, args):
     """recon.png: originals, reconstructions; of a ViT also what training shows it, and its prediction."""
+    net.eval()
     rows = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if "mask_ratio" in ARGUMENTS[args.model]:
         draws = net.randomness(len(x), args.image_size, generator(args.device, args.seed))
@@ -397,6 +541,7 @@ def draw_reconstructions(net, x, args):
         mask = mask.repeat_interleave(net.patch_size, 2).repeat_interleave(net.patch_size, 3)
         rows |= {"masked input": x * (1 - mask), "prediction": torch.where(mask > 0, prediction, x)}
     ae.save_grid(os.path.join(args.out, "recon.png"), [ae.to_uint8(row) for row in rows.values()], list(rows))
+    net.train()
 
 # ---- Evaluation ----
 
@@ -584,9 +729,11 @@ def main():
     args.lr = args.base_lr * args.batch / 256 if args.lr is None else args.lr
 
     torch.manual_seed(args.seed)   # weights start the same on every rank
+    for name in args.given & set().union(*map(flags_of, ae.MODELS)) - flags_of(args.model):
+        sys.exit(f"--{name} is not a flag of --model {args.model}")
     config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
-    if args.tune_decoder and (args.model != "vmae" or not (args.init or ckpt)):
-        sys.exit("--tune_decoder is VMAE's last stage: it needs --model vmae and --init CKPT")
+    if args.tune_decoder and not (args.init or ckpt):
+        sys.exit("--tune_decoder is VMAE's last stage: it needs --init CKPT")
     terms = [name for name in ae.MODELS[args.model].weights if name != "recon"]
     config["weights"] = {name: getattr(args, name) for name in terms}
     net = or_exit(ae.MODELS[args.model], **config).to(args.device)
@@ -616,6 +763,8 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     if args.model == "sdvae":
         disc = ae.Discriminator().to(args.device)
+        for module in disc.modules():   # running averages are of no use here, and would keep a NaN
+            module.track_running_stats = False
         if world > 1 and args.device.startswith("cuda"):
             disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_optimizer = torch.optim.AdamW(disc.parameters(), args.lr, args.betas, weight_decay=0, fused=True)
@@ -645,17 +794,16 @@ def main():
     accumulate = part // args.micro_batch   # micro-batches a step
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
-        rewind_log(args, start)
         preview = preview_images(Images(held_out=True) if images.digits else images, args)
 
     dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, not images.digits))
     batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
-    clock, clock_step = time.time(), start
+    run = Run(args, rank, world, ckpt)
     for step in range(start, args.steps):
         lr = schedule(args, step, warmup)
         adversarial = args.model == "sdvae" and step + 1 >= args.disc_start
         draws = net.randomness(args.batch, args.image_size, generator(args.device, args.seed, step))
-        totals = {}
+        totals = {"loss": 0}
         for row in range(rank * part, (rank + 1) * part, args.micro_batch):
             x, _ = next(batches)
             draw = {name: value[row:row + args.micro_batch] for name, value in draws.items()}
@@ -676,7 +824,7 @@ def main():
             (loss / accumulate).backward()
             if adversarial:
                 (loss_d / accumulate).backward()
-            for name, term in terms.items():
+            for name, term in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0) + term.detach() / accumulate
         optimizers = [optimizer]
         if adversarial:
@@ -685,34 +833,17 @@ def main():
                 if world > 1:
                     dist.all_reduce(p.grad)
                     p.grad /= world
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = lr
-            opt.step()
-            opt.zero_grad()
-
-        step += 1   # from here on the number of steps done
-        if step == 1 or step % args.log_every == 0 or step == args.steps:
-            values = torch.stack(list(totals.values()))
-            if world > 1:
-                dist.all_reduce(values)
-            values = (values / world).tolist()   # the first wait for the device since the last line
+        run.step(totals, optimizers, lr)
+        if run.due():
             if rank == 0:
-                speed = (step - clock_step) * args.batch / (time.time() - clock)
-                log(args, step, {**dict(zip(totals, values)), "lr": lr}, speed)
-            clock, clock_step = time.time(), step
-        if rank == 0 and (step % args.ckpt_every == 0 or step == args.steps):
-            draw_reconstructions(net.eval(), preview, args)
-            net.train()
-            ckpt = {"kind": "autoencoder", "name": args.model, "config": config, "model": net.state_dict(),
-                    "optimizer": optimizer.state_dict(), "step": step, "images": n, "args": settings(args)}
-            if args.model == "sdvae":
-                ckpt |= {"disc": disc.state_dict(), "disc_optimizer": disc_optimizer.state_dict()}
-            save(os.path.join(args.out, "ckpt.pt"), ckpt)
-    if rank == 0:
-        print(f"wrote {args.out}/ckpt.pt and {args.out}/recon.png")
-    if world > 1:
-        dist.destroy_process_group()
+                ckpt = {"kind": "autoencoder", "name": args.model, "config": config, "images": n,
+                        "model": net.state_dict(), "optimizer": optimizer.state_dict()}
+                if args.model == "sdvae":
+                    ckpt |= {"disc": disc.state_dict(), "disc_optimizer": disc_optimizer.state_dict()}
+                run.save(ckpt, lambda: draw_reconstructions(net, preview, args))
+            if run.ending:
+                break
+    run.finish("recon.png")
 
 if __name__ == "__main__":
     main()

@@ -25,16 +25,16 @@ from torch.nn.parallel import DistributedDataParallel
 import ae
 import dit
 from ae import or_exit
-from train_ae import (RUN, Batches, Images, center_crop, count, generator, introduce, load_batches, log,
-                      natural, parse_args, positive, rewind_log, save, settings, setup, share, switch,
-                      training_keys, weight)
+from train_ae import (CLIP, RUN, Batches, Images, Run, center_crop, count, generator, introduce, load_batches,
+                      natural, parse_args, positive, schedule, setup, share, switch, training_keys, weight)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
 FLAGS = {
     "run": [
         *RUN,
         ("ae", str, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
-        ("cache", str, None, None, "folder for all images' moments, in 16 bit; none: encode on the fly"),
+        ("cache", str, "{out}/latents", None, "folder for all images' moments, in 16 bit; none: encode on "
+         "the fly"),
         ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
         ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
     ],
@@ -46,12 +46,14 @@ FLAGS = {
         ("cosine_loss", bool, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
-        ("steps", count, 5600, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
+        ("steps", count, 3800, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
         ("batch", count, 32, 1024, "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 32, 32,
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
-        ("lr", weight, 2e-3, 2e-4, "constant, S"),
+        ("lr", weight, 3e-3, 2e-4, "learning rate, S"),
+        ("schedule", ("cosine", "constant"), "cosine", "constant", "of the learning rate, S"),
         ("betas", [share, share], [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
+        CLIP,
         ("ema", share, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
     ],
     "sampling, for samples.png and as defaults of sample.py": [
@@ -96,9 +98,8 @@ class Cache:
         missing = [k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))]
         missing = missing[rank::world]
         if rank == 0 and not os.path.exists(path):
-            with open(path + ".tmp", "w") as file:
-                json.dump(source, file, indent=1)
-            os.replace(path + ".tmp", path)
+            with ae.whole_file(path) as file:
+                file.write(json.dumps(source, indent=1).encode())
         if world > 1:
             dist.barrier()
         with open(path) as file:
@@ -120,9 +121,8 @@ class Cache:
                 moments.append(pair.half().cpu().numpy())
                 labels.append(y.cpu().numpy())
             for kind, parts in (("labels", labels), ("moments", moments)):   # moments last: they mark it done
-                with open(self.path(kind, k) + ".tmp", "wb") as file:
+                with ae.whole_file(self.path(kind, k)) as file:
                     np.save(file, np.concatenate(parts))
-                os.replace(self.path(kind, k) + ".tmp", self.path(kind, k))
             print(f"cached shard {done + 1} of {len(missing)} (rank {rank})", flush=True)
         if world > 1:
             dist.barrier()
@@ -139,7 +139,7 @@ def cache_source(args, images, autoencoder):
         weights.update(name.encode() + tensor.cpu().numpy().tobytes())
     listing = "digits" if images.digits else "\n".join(images.files)
     return {"autoencoder": weights.hexdigest()[:16], "folder": args.data and os.path.realpath(args.data),
-            "files": hashlib.sha256(listing.encode()).hexdigest()[:16], "image_size": args.image_size}
+            "files": hashlib.sha256(os.fsencode(listing)).hexdigest()[:16], "image_size": args.image_size}
 
 def latent_statistics(dataset, encode, args, n, rank, world):
     """Mean and unbiased std per channel, (C,) each, of one sample of 10,000 random unflipped images."""
@@ -208,7 +208,7 @@ def main():
     dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
     if args.cache:
         cache = Cache(args.cache, images)
-        cache.fill(cache_source(args, images, autoencoder), encode, dataset, args, rank, world)
+        or_exit(cache.fill, cache_source(args, images, autoencoder), encode, dataset, args, rank, world)
         dataset = cache
 
         def encode(x):   # what is read are moments
@@ -233,7 +233,8 @@ def main():
         net.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        del ckpt
+    run = Run(args, rank, world, ckpt)
+    del ckpt
     if args.compiled:
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
@@ -242,10 +243,8 @@ def main():
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, *args.latent_shape), torch.zeros(1),
                   torch.zeros(1, dtype=torch.long))
-        rewind_log(args, start)
 
     batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
-    clock, clock_step = time.time(), start
     for step in range(start, args.steps):
         # the global batch's random numbers, of which each micro-batch takes its rows
         draw = generator(args.device, args.seed, step)
@@ -267,33 +266,23 @@ def main():
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
-        optimizer.step()
-        optimizer.zero_grad()
+        counts = run.step({"loss": total}, [optimizer], schedule(args, step, 0))
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-        step += 1   # from here on the number of steps done
-        if step == 1 or step % args.log_every == 0 or step == args.steps:
-            if world > 1:
-                dist.all_reduce(total)
-            value = total.item() / world   # the first wait for the device since the last line
+            for average, weight_now in zip(ema.parameters(), net.parameters()):
+                average.lerp_(weight_now, counts * (1 - decay))
+        if run.due():
             if rank == 0:
-                speed = (step - clock_step) * args.batch / (time.time() - clock)
-                log(args, step, {"loss": value, "lr": args.lr}, speed)
-            clock, clock_step = time.time(), step
-        if rank == 0 and (step % args.ckpt_every == 0 or step == args.steps):
-            draw_samples(ema, autoencoder, latent_mean, latent_std, args, images.classes)
-            save(os.path.join(args.out, "ckpt.pt"), {
-                "kind": "dit", "dit_config": {"name": args.model, **config}, "model": net.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "images": n,
-                "class_names": images.classes, "latent_mean": latent_mean.flatten(),
-                "latent_std": latent_std.flatten(),
-                "ae": {**autoencoder.recipe, "model": autoencoder.state_dict()}, "args": settings(args)})
-    if rank == 0:
-        print(f"wrote {args.out}/ckpt.pt and {args.out}/samples.png")
-    if world > 1:
-        dist.destroy_process_group()
+                run.save({"kind": "dit", "dit_config": {"name": args.model, **config}, "images": n,
+                          "model": net.state_dict(), "ema": ema.state_dict(),
+                          "optimizer": optimizer.state_dict(), "class_names": images.classes,
+                          "latent_mean": latent_mean.flatten(), "latent_std": latent_std.flatten(),
+                          "ae": {**autoencoder.recipe, "model": autoencoder.state_dict()}},
+                         lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, args,
+                                              images.classes))
+            if run.ending:
+                break
+    run.finish("samples.png")
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,10 +62,13 @@ def close(ours, theirs, tolerance=1e-4):
 def run(module, *flags):
     """A script's main in this process, by its flags; SystemExit carries its message."""
     argv, sys.argv = sys.argv, [module.__name__ + ".py", *map(str, flags)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         module.main()
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def fails(module, *flags):
@@ -126,6 +130,12 @@ def folder(tmp_path_factory):
 
 TINY_VIT = ("--hidden_size", 32, "--depth", 1, "--decoder_depth", 1, "--num_heads", 2)
 TINY_CONV = ("--channels", 32, 32)
+
+
+def tiny(model):
+    """The flags of a small one; SD-VAE's discriminator starts at the third step."""
+    sizes = TINY_VIT if model in ("mae", "vmae") else TINY_CONV
+    return ("--model", model, *sizes, *(("--disc_start", 3) if model == "sdvae" else ()))
 
 
 @pytest.fixture(scope="session")

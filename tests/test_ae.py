@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import ae
+import dit
 from conftest import close, fill, keys_of, normal, reference, shapes
 
 SMALL = {"image_size": 64, "hidden_size": 96, "depth": 2, "decoder_depth": 3, "num_heads": 4}
@@ -404,3 +406,39 @@ def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
     values = np.arange(256, dtype=np.uint8)
     image = torch.from_numpy(values).float() / 127.5 - 1
     assert np.array_equal(ae.to_uint8(image.view(1, 1, 1, -1).expand(1, 3, 1, -1))[0, 0, :, 0], values)
+
+
+def test_a_safetensors_file_is_read(tmp_path):
+    """Written here by the format's own description: length of the header, header, bytes."""
+    model = ae.SDVAE(channels=(32, 32), latent_dim=4)
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in model.state_dict().items():
+        raw = tensor.half().numpy().tobytes()
+        header[name] = {
+            "dtype": "F16",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    path = tmp_path / "vae.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    loaded = ae.load(path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    for damaged in (path.read_bytes()[:-100], b"\xff" * 100, b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            ae.load(path)
+
+
+def test_a_folder_where_a_checkpoint_belongs_is_told_apart(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "source.json").write_text("{}")
+    with pytest.raises(ValueError, match="latent cache.*train_dit.py --cache"):
+        ae.load(tmp_path / "cache")
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="ckpt.pt"):
+        ae.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="ckpt.pt"):
+        dit.load(tmp_path)
