@@ -36,27 +36,34 @@ import ae
 import fid
 from ae import choose_device, or_exit
 
-def number(low, high=math.inf, kind=float):
-    """The type of a flag: a number from low to high."""
+# What argparse is to know of a flag
+def number(low, high=math.inf, kind=float, **more):
+    """A number from low to high."""
     def check(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
     check.__name__ = kind.__name__   # for argparse's own message
-    return check
+    return {"type": check, "metavar": kind.__name__.upper(), **more}
 
-count, natural, switch = number(1, kind=int), number(0, kind=int), number(0, 1, int)
+def one_of(*names):
+    return {"choices": names}
+
+count, natural = number(1, kind=int), number(0, kind=int)
 share, positive, weight = number(0, 1), number(1e-9), number(0)
+betas = number(0, 1, nargs=2)
+switch = number(0, 1, int, nargs="?", const=1)
+on, place = {"action": "store_true"}, {"metavar": "PATH"}
 
-# A flag a line: name, type ([type]: several; a tuple: choices), default without --data (demo), default with
-# --data (paper), help. A dict holds defaults by model, "tune" with --tune_decoder, "*" else. Sources:
-# S supplement, R authors' release, V VQGAN and latent diffusion, O our choice.
+# A flag a line: name, kind, default without --data (demo), default with --data (paper), help. A dict holds
+# defaults by model, "tune" with --tune_decoder, "*" else. Sources: S supplement, R authors' release, V VQGAN
+# and latent diffusion, O our choice.
 RUN = [   # of both training scripts
-    ("data", str, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
-    ("resume", bool, False, False, "go on from --out's checkpoint, with its settings"),
+    ("data", place, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
+    ("resume", on, False, False, "go on from --out's checkpoint, with its settings"),
     ("seed", natural, 0, 0, "of everything random"),
-    ("device", str, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
-    ("dtype", ("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
+    ("device", {"metavar": "NAME"}, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
+    ("dtype", one_of("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
     ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
     ("workers", natural, 0, min(8, os.cpu_count()), "processes a rank that load images or latents"),
     ("log_every", count, 50, 50, "steps between log lines"),
@@ -65,15 +72,15 @@ CLIP = ("grad_clip", positive, math.inf, math.inf, "longest gradient, longer one
 FLAGS = {
     "run": [
         *RUN,
-        ("out", str, "out/demo/{model}", "out/{model}", "folder for checkpoint, log and pictures"),
-        ("init", str, None, None, "checkpoint to start the weights from, of any image size"),
+        ("out", place, "out/demo/{model}", "out/{model}", "folder for checkpoint, log and pictures"),
+        ("init", place, None, None, "checkpoint to start the weights from, of any image size"),
         ("ckpt_every", count, 200, 1000, "steps between checkpoints and pictures"),
     ],
     "model": [
-        ("model", tuple(ae.MODELS), "vmae", "vmae", "which autoencoder"),
+        ("model", one_of(*ae.MODELS), "vmae", "vmae", "which autoencoder"),
         ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128, "tune": 256}, "pixels; ViT R, conv O"),
         ("latent_dim", count, {"*": 16, "mae": 8, "vmae": 8}, 16, "channels of the latent, R"),
-        ("channels", [count], [32, 32, 64, 64], [128, 256, 512, 512], "conv: width of each level, R"),
+        ("channels", {**count, "nargs": "+"}, [32, 32, 64, 64], [128, 256, 512, 512], "conv: widths, R"),
         ("patch_size", count, 8, 8, "ViT: pixels a side of a token, R"),
         ("hidden_size", count, 96, 192, "ViT: width, S"),
         ("depth", count, 3, 12, "ViT: encoder layers, S"),
@@ -81,9 +88,9 @@ FLAGS = {
         ("num_heads", count, 4, 12, "ViT: heads, R"),
     ],
     "objective (visible, masked, kl, lpips, disc_weight are weights of terms)": [
-        ("tune_decoder", bool, False, False, "vmae's last stage: encoder frozen, no mask, MSE + LPIPS, R"),
+        ("tune_decoder", on, False, False, "vmae's last stage: encoder frozen, no mask, MSE + LPIPS, R"),
         ("mask_ratio", share, 0.6, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
-        ("recon", ("mse", "l1"), "mse", "mse", "conv: reconstruction, eq. 3's or V's"),
+        ("recon", one_of("mse", "l1"), "mse", "mse", "conv: reconstruction, eq. 3's or V's"),
         ("noise_std", weight, 0.1, 0.1, "dae: std of the corruption, O"),
         ("visible", weight, 0.5, 0.5, "vmae: MSE of visible patches, R"),
         ("masked", weight, {"*": 0.5, "mae": 1.0}, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
@@ -94,14 +101,14 @@ FLAGS = {
          "LPIPS: sdvae V, vmae R, demo without"),
         ("disc_weight", weight, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
         ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
-        ("disc_loss", ("hinge", "vanilla"), "hinge", "hinge", "sdvae: V's or eq. 6's"),
+        ("disc_loss", one_of("hinge", "vanilla"), "hinge", "hinge", "sdvae: V's or eq. 6's"),
     ],
     "optimisation": [
         ("epochs", positive, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400, "tune": 10},
          "ViT R, conv O"),
         ("steps", count, None, None, "optimiser steps; default: from --epochs"),
         ("warmup", weight, 1, {"*": 1, "mae": 10, "vmae": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
-        ("schedule", ("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "ViT R, conv O"),
+        ("schedule", one_of("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "R, O"),
         ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256},
          "images an optimiser step, over all processes, S"),
         ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128, "tune": 32},
@@ -109,15 +116,15 @@ FLAGS = {
         ("base_lr", weight, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3},
          {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4, "tune": 1e-5}, "learning rate at batch 256, S, tune R"),
         ("lr", weight, None, None, "learning rate; default: base_lr * batch / 256"),
-        ("betas", [share, share], [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, O"),
+        ("betas", betas, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, O"),
         CLIP,
         ("weight_decay", weight, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
     "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
-        ("eval", bool, False, False, "instead of training: a table, eval.json and a picture each"),
-        ("ckpt", [str], None, None, "checkpoints, ours, the authors' VMAE or diffusers' AutoencoderKL"),
-        ("masks", str, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
-        ("inception", str, None, None, "file of Inception's weights, for rFID; default: downloaded once"),
+        ("eval", on, False, False, "instead of training: a table, eval.json and a picture each"),
+        ("ckpt", {**place, "nargs": "+"}, None, None, "of ours, the authors' VMAE or diffusers' VAE"),
+        ("masks", place, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
+        ("inception", place, None, None, "file of Inception's weights, for rFID; default: downloaded once"),
         ("half_pixel", switch, 1, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
     ],
 }
@@ -150,38 +157,30 @@ def parse_args(doc, flags, kind):
         usage="%(prog)s [flags]", epilog="Sources of defaults: S supplement, R the authors' release and "
         "LightningDiT, V VQGAN and latent\ndiffusion, O our choice. demo: without --data, paper: with it.")
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    rows = [(title, *row) for title in flags for row in flags[title]]
-    groups = {title: parser.add_argument_group(title) for title in flags}
-    for title, name, type_, demo, paper, text in rows:
-        if type_ is bool:
-            groups[title].add_argument(f"--{name}", action="store_true", help=text)
-            continue
-        if (demo, paper) != (None, None):
+    for title in flags:
+        group = parser.add_argument_group(title)
+        for name, how, demo, paper, text in flags[title]:
             shown = [", ".join(f"{model} {x}".removeprefix("* ") for model, x in value.items())
                      if isinstance(value, dict) else value for value in (demo, paper)]
-            text += f" (demo: {shown[0]}; paper: {shown[1]})" if demo != paper else f" (default: {shown[0]})"
-        how = {"type": type_}
-        if isinstance(type_, tuple):
-            how = {"choices": type_}
-        elif type_ is switch:
-            how = {"type": type_, "nargs": "?", "const": 1, "metavar": "0/1"}
-        elif isinstance(type_, list):
-            how = {"type": type_[0], "nargs": len(type_) if len(type_) > 1 else "+"}
-        if not {"choices", "metavar"} & how.keys():
-            how["metavar"] = how["type"].__name__.upper()
-        groups[title].add_argument(f"--{name}", help=text, **how)
+            if demo != paper:
+                text += f" (demo: {shown[0]}; paper: {shown[1]})"
+            elif demo is not None and demo is not False:
+                text += f" (default: {shown[0]})"
+            group.add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
 
-    model = given.get("model", next(demo for _, name, _, demo, _, _ in rows if name == "model"))
-    args = {name: paper if "data" in given else demo for _, name, _, demo, paper, _ in rows}
-    column = "tune" if given.get("tune_decoder") else model
-    args = {k: v.get(column, v.get(model, v["*"])) if isinstance(v, dict) else v for k, v in args.items()}
-    args["out"] = "out/eval" if "eval" in given else args["out"].format(model=model)
-    args |= given
-    if args.get("cache") and "cache" not in given:
-        args["cache"] = args["cache"].format(out=args["out"])
+    args = {name: paper if "data" in given else demo for rows in flags.values()
+            for name, _, demo, paper, _ in rows} | given
+    model = args["model"]
+    column = "tune" if "tune_decoder" in given else model
+    for name, value in args.items():
+        if isinstance(value, dict):
+            args[name] = value.get(column, value.get(model, value["*"]))
+        elif isinstance(value, str) and name not in given:   # of defaults that name a folder
+            args[name] = value.format(model=model, out=args["out"])
+    if "eval" in given and "out" not in given:
+        args["out"] = "out/eval"
     path, ckpt = os.path.join(args["out"], "ckpt.pt"), None
-    exists = os.path.exists(path) or os.path.exists(previous(path))
     if args["resume"]:
         ckpt = or_exit(read_latest, path)
         if ckpt.get("kind") != kind or "args" not in ckpt:
@@ -196,7 +195,7 @@ def parse_args(doc, flags, kind):
             if saved[name] and not value:   # no path that a file names is opened
                 sys.exit(f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again")
         args = {**args, **saved, **given, **paths}
-    elif exists and "eval" not in given:
+    elif (os.path.exists(path) or os.path.exists(previous(path))) and "eval" not in given:
         sys.exit(f"{path} exists: go on with --resume, or choose another --out")
     return argparse.Namespace(**args, given=set(given)), ckpt
 
@@ -277,18 +276,14 @@ class Run:
         self.seen = torch.zeros((), pin_memory=args.device != "cpu")   # the same, on a GPU some steps ago
         self.ending = self.signalled = False
         for number in SIGNALS:
-            signal.signal(number, self.on_signal)
+            signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.log = os.path.join(args.out, "log.jsonl")
         if rank == 0 and os.path.exists(self.log):   # what follows the checkpoint comes again
-            with open(self.log) as file:
-                lines = [line for line in file if line.endswith("\n")]   # else torn
-            with ae.whole_file(self.log) as file:
-                kept = [line for line in lines if json.loads(line)["step"] <= self.done]
-                file.write("".join(kept).encode())
+            with open(self.log) as old, ae.whole_file(self.log) as new:
+                for line in old:
+                    if line.endswith("\n") and json.loads(line)["step"] <= self.done:   # not torn, not later
+                        new.write(line.encode())
         self.clock = time.time(), self.done
-
-    def on_signal(self, number, frame):
-        self.signalled = True
 
     def step(self, terms, optimizers, lr):
         """An optimiser step and, if it is due, its log line. terms: detached scalars, of this process.
@@ -300,7 +295,10 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip))
+            grads = [p.grad for p in parameters if p.grad is not None]
+            norms.append(torch.stack(torch._foreach_norm(grads)).norm())
+            if self.args.grad_clip < math.inf:
+                torch._foreach_mul_(grads, (self.args.grad_clip / norms[-1]).clamp(max=1))
         values = torch.stack(list(terms.values()))
         if self.world > 1:
             dist.all_reduce(values)
@@ -423,7 +421,7 @@ class Images:
             if max(image.size) > 50 * min(image.size):
                 raise ValueError("a strip of which a square crop shows nothing")
             if image.mode.startswith("I"):   # 16-bit grey, which convert would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")
 
 def stem(file):
@@ -565,8 +563,8 @@ def find_masks(folder):
     masks = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.png"), recursive=True)):
         number, _, part = stem(file).partition("_")
-        owner = str(int(number)) if part and number.isdigit() else stem(file)
-        masks.setdefault(owner, []).append(file)
+        owner, part = (str(int(number)), part) if part and number.isdigit() else (stem(file), "")
+        masks.setdefault(owner, []).append((file, part))
     return masks
 
 def segments(files, grid):
@@ -574,9 +572,7 @@ def segments(files, grid):
 
     The values of ADE20K's files are labels; of CelebAMask-HQ's the name is, and what is not 0 belongs to it.
     """
-    for file in files:
-        number, _, part = stem(file).partition("_")
-        part = part if number.isdigit() else ""
+    for file, part in files:
         with Image.open(file) as image:
             image = image.convert("L") if part else image
             left, top = (image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2
@@ -673,15 +669,14 @@ def evaluate(args):
     images, masks = Images(args.data, held_out=True), find_masks(args.masks) if args.masks else {}
     if args.masks and (images.digits or not masks.keys() & set(map(stem, images.files))):
         sys.exit(f"--masks {args.masks} holds no NAME.png or 00012_hair.png for the images of --data")
-    absent, lpips, inception = [], None, None
-    try:
-        lpips = ae.lpips_vgg().to(args.device)
-    except (FileNotFoundError, ValueError) as error:
-        absent.append(f"LPIPS is not computed: {error}")
-    try:
-        inception = fid.load_inception(args.inception, bool(args.half_pixel)).to(args.device)
-    except (FileNotFoundError, ValueError) as error:
-        absent.append(f"rFID is not computed: {error}")
+    absent = []
+    def if_there(measure, load, *flags):
+        try:
+            return load(*flags).to(args.device)
+        except (FileNotFoundError, ValueError) as error:
+            absent.append(f"{measure} is not computed: {error}")
+    lpips = if_there("LPIPS", ae.lpips_vgg)
+    inception = if_there("rFID", fid.load_inception, args.inception, bool(args.half_pixel))
 
     rows, image_size = [], args.image_size
     for path in args.ckpt:
@@ -745,21 +740,21 @@ def main():
             sys.exit(f"--init {args.init} is of another model, or of other sizes than the flags say")
         net.load_state_dict(state)
     if args.tune_decoder:   # what comes after the latent; not mask_token, nothing is masked
-        for name, parameter in net.named_parameters():
-            tuned = name.startswith(("from_latent", "decoder")) and name != "decoder_pos_embed"
-            parameter.requires_grad_(tuned)
+        net.requires_grad_(False)
+        for part in (net.from_latent, *(m for name, m in net.named_children() if name.startswith("decoder"))):
+            part.requires_grad_(True)
     if args.image_size % net.patch_size:
         sys.exit(f"--image_size {args.image_size} is not a multiple of {net.patch_size}")
     if args.model == "sdvae" and args.image_size < 24:
         sys.exit(f"--image_size {args.image_size} is too small for sdvae's discriminator: 24 at least")
     perceptual = None
     if args.lpips > 0:
-        lpips = or_exit(ae.lpips_vgg).to(args.device)
+        lpips = or_exit(ae.lpips_vgg).to(args.device, memory_format=torch.channels_last)
         perceptual = lambda x_hat, x: lpips(x_hat, x).mean()
 
-    decayed = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]   # not biases, not norms
-    others = [p for p in net.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]   # biases and norms
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
     if args.model == "sdvae":
         disc = ae.Discriminator().to(args.device)
@@ -826,14 +821,10 @@ def main():
                 (loss_d / accumulate).backward()
             for name, term in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0) + term.detach() / accumulate
-        optimizers = [optimizer]
-        if adversarial:
-            optimizers.append(disc_optimizer)
-            for p in disc.parameters():
-                if world > 1:
-                    dist.all_reduce(p.grad)
-                    p.grad /= world
-        run.step(totals, optimizers, lr)
+        for p in disc.parameters() if adversarial and world > 1 else ():
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        run.step(totals, [optimizer, disc_optimizer] if adversarial else [optimizer], lr)
         if run.due():
             if rank == 0:
                 ckpt = {"kind": "autoencoder", "name": args.model, "config": config, "images": n,

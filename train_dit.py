@@ -25,25 +25,26 @@ from torch.nn.parallel import DistributedDataParallel
 import ae
 import dit
 from ae import or_exit
-from train_ae import (CLIP, RUN, Batches, Images, Run, center_crop, count, generator, introduce, load_batches,
-                      natural, parse_args, positive, schedule, setup, share, switch, training_keys, weight)
+from train_ae import (CLIP, RUN, Batches, Images, Run, betas, center_crop, count, generator, introduce,
+                      load_batches, natural, on, one_of, parse_args, place, positive, schedule, setup, share,
+                      switch, training_keys, weight)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
 FLAGS = {
     "run": [
         *RUN,
-        ("ae", str, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
-        ("cache", str, "{out}/latents", None, "folder for all images' moments, in 16 bit; none: encode on "
+        ("ae", place, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
+        ("cache", place, "{out}/latents", None, "folder for all images' moments, in 16 bit; none: encode on "
          "the fly"),
-        ("out", str, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
+        ("out", place, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
         ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [
-        ("model", tuple(dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
+        ("model", one_of(*dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
         ("image_size", count, 32, 256, "pixels a side, S; default of a ViT's latents: its own"),
         ("qk_norm", switch, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
         ("class_dropout", share, 0.1, 0.1, "share of labels dropped, of a single class none, R"),
-        ("cosine_loss", bool, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
+        ("cosine_loss", on, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
         ("steps", count, 3800, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
@@ -51,8 +52,8 @@ FLAGS = {
         ("micro_batch", count, 32, 32,
          "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
         ("lr", weight, 3e-3, 2e-4, "learning rate, S"),
-        ("schedule", ("cosine", "constant"), "cosine", "constant", "of the learning rate, S"),
-        ("betas", [share, share], [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
+        ("schedule", one_of("cosine", "constant"), "cosine", "constant", "of the learning rate, S"),
+        ("betas", betas, [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
         CLIP,
         ("ema", share, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
     ],

@@ -629,3 +629,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         file.write(b"after")
         assert path.read_bytes() == b"before"
     assert path.read_bytes() == b"after"
+
+
+@pytest.mark.parametrize("size", [24, 40, 136, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["vmae", "ae"])
+def test_any_size_that_8_divides_goes_through_both_stages_and_sampling(tmp_path, folder, model, size):
+    """From tiny, non-square images in class folders; 24 pixels are 3 x 3 latents, 512 are 64 x 64."""
+    data = ("--data", folder, "--image_size", size, "--workers", 0, "--batch", 2, "--steps", 1)
+    channels = ("--channels", 32, 32, 32, 32) if model == "ae" else TINY_VIT
+    run(train_ae, "--out", tmp_path, "--model", model, *channels, *data, "--lpips", 0)
+    few = ("--model", "DiT-demo/1", "--sample_steps", 1, "--cfg_scale", 1)
+    run(train_dit, "--out", tmp_path / "dit", "--ae", tmp_path / "ckpt.pt", *data, *few)
+    latent = torch.load(tmp_path / "dit" / "ckpt.pt", weights_only=True)["args"]["latent_shape"]
+    assert latent == [16, size // 8, size // 8]
+    run(sample, "--ckpt", tmp_path / "dit" / "ckpt.pt", "--labels", 1, "--columns", 2)
+    with Image.open(tmp_path / "dit" / "samples.png") as picture:
+        assert picture.height >= size and "bees" in torch.load(tmp_path / "dit" / "ckpt.pt")["class_names"]
