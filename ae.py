@@ -3,17 +3,16 @@
     AE (eq. 3)   DAE (eq. 4)   VAE (eq. 5)   SDVAE (eq. 6)      convolutional, the Stable Diffusion 3 VAE
     MAE (eq. 7)  VMAE (main paper, section 4)                   ViT with masking
 
-    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1]
+    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f); ValueError if H, W do not fit
     decode(z) -> images         z (B, C, H/f, W/f) -> (B, 3, H, W), about [-1, 1], not clamped
     forward(x, noise=None, ids_shuffle=None, perceptual=None) -> loss, terms, reconstruction
 
-forward *is* the objective, so that DDP and torch.compile see all of it. Its random numbers may be handed in:
-noise is standard normal in the shape of the latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the
-visible tokens) or of the image (DAE); ids_shuffle (B, L) permutes each image's patches, the first `keep` are
-visible; randomness(n, size, generator) draws them. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
-
-One scale for all six: reconstruction terms are means over values, KL terms are summed over channels, averaged
-over positions and images. The loss is the sum of `terms` (detached scalars) times model.weights.
+forward *is* the objective, so that DDP and torch.compile see all of it: the sum of `terms` (detached scalars)
+times model.weights. Reconstruction terms are means over values, KL terms are summed over channels, averaged
+over positions and images. Its random numbers may be handed in: noise is standard normal in the shape of the
+latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the visible tokens) or of the image (DAE);
+ids_shuffle (B, L) permutes each image's patches, the first `keep` are visible. randomness(n, size, generator)
+draws them for n images of size x size pixels. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
 """
 
 import argparse
@@ -90,9 +89,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
@@ -123,10 +120,7 @@ def levels(channels, depth, kind):
     return nn.Sequential(*(Level(a, b, depth, kind) for a, b, kind in steps))
 
 class AE(nn.Module):
-    """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on.
-
-    channels: each level's width, multiples of 32; recon: "mse" (eq. 3) or "l1" (VQGAN's); weights: of terms.
-    """
+    """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on."""
     deterministic = True
     weights = {"recon": 1.0, "lpips": 0.0}
 
@@ -134,39 +128,42 @@ class AE(nn.Module):
         super().__init__()
         if any(width % 32 for width in channels):
             raise ValueError(f"channels {channels} are not multiples of 32")
-        self.weights = self.weights | dict(weights)
-        self.latent_dim = latent_dim
+        self.weights = self.weights | dict(weights)   # those not given are the class's
+        self.recon = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]   # eq. 3's, VQGAN's
         self.patch_size = 2 ** (len(channels) - 1)   # f, the pixels on a side of a latent position
-        self.recon = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]
-        first, last = channels[0], channels[-1]
-        self.encoder = named(conv_in=nn.Conv2d(3, first, 3, padding=1),
+        self.latent_dim = latent_dim
+        self.encoder = named(conv_in=nn.Conv2d(3, channels[0], 3, padding=1),
                              down_blocks=levels(channels, 2, "down"),
-                             mid_block=Level(last, last, 2, "middle"),
-                             conv_norm_out=nn.GroupNorm(32, last, eps=1e-6), conv_act=nn.SiLU(),
-                             conv_out=nn.Conv2d(last, 2 * latent_dim, 3, padding=1))
-        self.decoder = named(conv_in=nn.Conv2d(latent_dim, last, 3, padding=1),
-                             mid_block=Level(last, last, 2, "middle"),
+                             mid_block=Level(channels[-1], channels[-1], 2, "middle"),
+                             conv_norm_out=nn.GroupNorm(32, channels[-1], eps=1e-6), conv_act=nn.SiLU(),
+                             conv_out=nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1))
+        self.decoder = named(conv_in=nn.Conv2d(latent_dim, channels[-1], 3, padding=1),
+                             mid_block=Level(channels[-1], channels[-1], 2, "middle"),
                              up_blocks=levels(channels[::-1], 3, "up"),
-                             conv_norm_out=nn.GroupNorm(32, first, eps=1e-6), conv_act=nn.SiLU(),
-                             conv_out=nn.Conv2d(first, 3, 3, padding=1))
+                             conv_norm_out=nn.GroupNorm(32, channels[0], eps=1e-6), conv_act=nn.SiLU(),
+                             conv_out=nn.Conv2d(channels[0], 3, 3, padding=1))
 
     def randomness(self, n, size, generator):
-        """What forward takes at random for n images of size x size pixels, on the generator's device."""
-        return {}
+        if self.deterministic:
+            return {}
+        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
+        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f); ValueError unless f divides H, W."""
         if any(side % self.patch_size for side in x.shape[-2:]):
             raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.patch_size}")
         return Posterior(self.encoder(x), self.deterministic)
 
     def decode(self, z):
-        """z (B, C, H/f, W/f) -> images (B, 3, H, W)."""
         return self.decoder(z)
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        x_hat = self.decode(self.encode(x).mode())
-        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
+        posterior = self.encode(x)
+        x_hat = self.decode(posterior.sample(noise))   # AE: of the mean
+        terms = {"recon": self.recon(x_hat.float(), x)}
+        if not self.deterministic:
+            terms["kl"] = kl_normal(posterior.mean, posterior.logvar)   # eqs. 5 and 6
+        return objective(self, terms, x, x_hat, perceptual)
 
 class DAE(AE):
     """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
@@ -187,20 +184,8 @@ class VAE(AE):
     deterministic = False
     weights = {"recon": 1.0, "kl": 1e-4, "lpips": 0.0}
 
-    def randomness(self, n, size, generator):
-        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
-        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
-
-    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        posterior = self.encode(x)
-        x_hat = self.decode(posterior.sample(noise))
-        terms = {"recon": self.recon(x_hat.float(), x), "kl": kl_normal(posterior.mean, posterior.logvar)}
-        return objective(self, terms, x, x_hat, perceptual)
-
 class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6. forward lacks the adversarial term, which needs D: the training loop
-    adds disc_weight * adaptive_weight(...) * generator_loss(D(x_hat)), and trains D with disc_loss.
-    """
+    """Stable Diffusion's VAE, eq. 6 without its adversarial term: train_ae.py, which trains D, adds that."""
     weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
 
 class Discriminator(nn.Sequential):
@@ -256,10 +241,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 class MAE(nn.Module):
-    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. VMAE is built on it.
-
-    L = (image_size / patch_size)^2 tokens; forward encodes int(L * (1 - mask_ratio)) of them, encode all.
-    """
+    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. Also VMAE's base."""
     deterministic = True
     weights = {"masked": 1.0, "lpips": 0.0}
 
@@ -272,17 +254,16 @@ class MAE(nn.Module):
         if hidden_size % 4 or hidden_size % num_heads:
             raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the {num_heads} heads")
         self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
-        self.latent_dim, self.keep = latent_dim, int(self.grid ** 2 * (1 - mask_ratio))
+        self.latent_dim = latent_dim
+        self.keep = int(self.grid ** 2 * (1 - mask_ratio))   # of L tokens, in forward; encode takes all
         fewest = 0 if "visible" in self.weights else 1   # masked patches: MAE learns from them alone
         if not 0 < self.keep <= self.grid ** 2 - fewest:
             raise ValueError(f"mask ratio {mask_ratio} leaves {self.keep} of {self.grid ** 2} patches")
-
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, hidden_size, patch_size, patch_size)})
         self.pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
         self.blocks = nn.Sequential(*(Block(hidden_size, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.to_latent = nn.Linear(hidden_size, 2 * latent_dim)
-
         self.from_latent = nn.Linear(latent_dim, hidden_size)
         self.decoder_embed = nn.Linear(hidden_size, hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
@@ -291,19 +272,16 @@ class MAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.decoder_pred = nn.ModuleDict({"linear_pred": nn.Linear(hidden_size, 3 * patch_size ** 2),
                                            "conv_smoother": nn.Conv2d(3, 3, 3, padding=1)})   # removes seams
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # as a linear map
         nn.init.normal_(self.mask_token, std=0.02)
 
     def encode_tokens(self, x, ids_keep=None):
         """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), by default of all (B, L)."""
         if x.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels: "
-                             f"--image_size {self.image_size}")
+            raise ValueError(f"images are {tuple(x.shape[-2:])}, not --image_size {self.image_size} pixels")
         tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed   # (B, L, D)
         if ids_keep is not None:
             tokens = tokens.take_along_dim(ids_keep[..., None], 1)
@@ -322,18 +300,17 @@ class MAE(nn.Module):
         return self.decoder_pred["conv_smoother"](images)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/p, W/p); ValueError on other image sizes."""
         moments = self.encode_tokens(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return Posterior(moments, self.deterministic)
 
     def decode(self, z):
-        """z (B, C, H/p, W/p) -> images (B, 3, H, W)."""
-        z = z.flatten(2).transpose(1, 2)
+        z = z.flatten(2).transpose(1, 2)   # (B, L, C)
         return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
 
     def randomness(self, n, size, generator):
-        shuffle = torch.rand(n, self.grid ** 2, generator=generator, device=generator.device).argsort(1)
-        return {"ids_shuffle": shuffle}
+        how = {"generator": generator, "device": generator.device}
+        noise = {} if self.deterministic else {"noise": torch.randn(n, self.keep, self.latent_dim, **how)}
+        return {**noise, "ids_shuffle": torch.rand(n, self.grid ** 2, **how).argsort(1)}
 
     def masked_pass(self, x, noise=None, ids_shuffle=None):
         """Encode what is visible, decode all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
@@ -357,9 +334,8 @@ class MAE(nn.Module):
 class VMAE(MAE):
     """Variational masked autoencoder, the paper's own (main paper, section 4):
 
-    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. A latent is drawn for each
-    visible token; the KL draws its variance alone to prior_std^2. The weights are the release's and multiply
-    whole terms: relative to the visible one lambda_M = lambda_P = 1, lambda_reg = 2e-6.
+    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. The KL draws the variance
+    alone to prior_std^2. weights: the release's, that is lambda_M = lambda_P = 1, lambda_reg = 2e-6, halved.
     """
     deterministic = False
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5, "recon": 1.0}   # the last to tune
@@ -368,10 +344,6 @@ class VMAE(MAE):
         super().__init__(*args, **kwargs)
         self.prior_std = prior_std
         self.tune_decoder = tune_decoder   # the last stage: the encoder is done, nothing is masked
-
-    def randomness(self, n, size, generator):
-        noise = torch.randn(n, self.keep, self.latent_dim, generator=generator, device=generator.device)
-        return {"noise": noise, **super().randomness(n, size, generator)}
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         if self.tune_decoder:
@@ -389,10 +361,7 @@ MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": 
 # ---- Weights: LPIPS's network, checkpoints of ours and of others ----
 
 def lpips_vgg():
-    """The lpips package's metric on VGG16, v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1), images in [-1, 1].
-
-    VGG16 is downloaded to torch's hub cache on first use. FileNotFoundError if not, ValueError if damaged.
-    """
+    """LPIPS v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1). FileNotFoundError, ValueError: VGG16 lacks."""
     import lpips
     from torchvision.models import VGG16_Weights
     url = VGG16_Weights.IMAGENET1K_V1.url
@@ -401,7 +370,7 @@ def lpips_vgg():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # lpips calls torchvision the old way, and would unpickle freely:
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)   # pnet_rand leaves VGG16 to us
-    try:
+    try:   # the hub's cache, else the download
         vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
         for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
             parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
@@ -426,8 +395,7 @@ def read_checkpoint(path):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch compares no checksums
             raise ValueError
     except Exception as error:   # a damaged file may raise any
-        reason = type(error).__name__
-        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one ({reason})")
+        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or damaged ({type(error).__name__})")
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
     return ckpt
@@ -439,18 +407,15 @@ def read_safetensors(path):
         header = json.loads(file.read(min(length, os.path.getsize(path))))
         data = bytearray(file.read())
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    header.pop("__metadata__", None)
     return {name: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=types[entry["dtype"]])
-            .view(entry["shape"]) for name, entry in header.items()}
+            .view(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 def load(path):
-    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or of
-    diffusers' AutoencoderKL (.safetensors too). FileNotFoundError, ValueError: a sentence on what is wrong.
-    """
+    """As from_checkpoint, from a file, .safetensors too. FileNotFoundError, ValueError."""
     return from_checkpoint(read_checkpoint(path), path)
 
 def from_checkpoint(ckpt, path="checkpoint"):
-    """As load, from a dict in memory; `path` is for messages."""
+    """An autoencoder in eval mode from what train_ae.py, VMAE's authors or diffusers saved, or ValueError."""
     try:
         state = {k: v for k, v in ckpt.get("model", ckpt).items() if not k.startswith("perceptual_loss.")}
         if ckpt.get("kind") == "autoencoder":
@@ -458,11 +423,10 @@ def from_checkpoint(ckpt, path="checkpoint"):
         elif "from_latent.weight" in state:   # the authors' VMAE; all released have 12 heads
             hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
             name, config = "vmae", {
-                "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-                "patch_size": patch_size, "hidden_size": hidden_size,
+                "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size,
+                "hidden_size": hidden_size, "latent_dim": state["from_latent.weight"].shape[1],
                 "depth": len(fnmatch.filter(state, "blocks.*.norm1.weight")),
-                "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight")),
-                "latent_dim": state["from_latent.weight"].shape[1]}
+                "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight"))}
         elif "encoder.conv_in.weight" in state:   # diffusers' AutoencoderKL
             first = sorted(fnmatch.filter(state, "encoder.down_blocks.*.resnets.0.conv1.weight"))
             name, config = "sdvae", {"channels": [len(state[key]) for key in first],
