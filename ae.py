@@ -361,7 +361,7 @@ MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": 
 # ---- Weights: LPIPS's network, checkpoints of ours and of others ----
 
 def lpips_vgg():
-    """LPIPS v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1). FileNotFoundError, ValueError: VGG16 lacks."""
+    """lpips v0.1 on VGG16, frozen: net(x_hat, x) -> (B, 1, 1, 1). FileNotFoundError, ValueError."""
     import lpips
     from torchvision.models import VGG16_Weights
     url = VGG16_Weights.IMAGENET1K_V1.url
