@@ -3,39 +3,34 @@
     AE (eq. 3)   DAE (eq. 4)   VAE (eq. 5)   SDVAE (eq. 6)      convolutional, the Stable Diffusion 3 VAE
     MAE (eq. 7)  VMAE (main paper, section 4)                   ViT with masking
 
-    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1]
+    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f); ValueError if H, W do not fit
     decode(z) -> images         z (B, C, H/f, W/f) -> (B, 3, H, W), about [-1, 1], not clamped
     forward(x, noise=None, ids_shuffle=None, perceptual=None) -> loss, terms, reconstruction
 
-forward *is* the objective, so that DDP and torch.compile see all of it. Its random numbers may be handed in:
-noise is standard normal in the shape of the latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the
-visible tokens) or of the image (DAE); ids_shuffle (B, L) permutes each image's patches, the first `keep` are
-visible; randomness(n, size, generator) draws them. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
-
-One scale for all six: reconstruction terms are means over values, KL terms are summed over channels, averaged
-over positions and images. The loss is the sum of `terms` (detached scalars) times model.weights.
+forward *is* the objective, so that DDP and torch.compile see all of it: the sum of `terms` (detached scalars)
+times model.weights. Reconstruction terms are means over values, KL terms are summed over channels, averaged
+over positions and images. Its random numbers may be handed in: noise is standard normal in the shape of the
+latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the visible tokens) or of the image (DAE);
+ids_shuffle (B, L) permutes each image's patches, the first `keep` are visible. randomness(n, size, generator)
+draws them for n images of size x size pixels. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
 """
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import math
 import os
-import pickle
-import struct
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-
-# what torch.load raises on files that it did not write, or that lost a part
-NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error,
-                 AttributeError, TypeError, zipfile.BadZipFile)
 
 class Posterior:
     """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
@@ -71,15 +66,19 @@ def objective(model, terms, x, x_hat, perceptual):
 
 # ---- The convolutional backbone: the Stable Diffusion 3 VAE, tensor names of diffusers' AutoencoderKL ----
 
+def named(**layers):
+    """One layer after the other, under the names that their tensors have in checkpoints."""
+    return nn.Sequential(OrderedDict(layers))
+
 class ResnetBlock(nn.Module):
-    def __init__(self, in_channels, out_channels):
+    """(B, a, H, W) -> (B, b, H, W)."""
+    def __init__(self, a, b):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.norm1 = nn.GroupNorm(32, a, eps=1e-6)
+        self.conv1 = nn.Conv2d(a, b, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, b, eps=1e-6)
+        self.conv2 = nn.Conv2d(b, b, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if a == b else nn.Conv2d(a, b, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -90,9 +89,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
@@ -101,73 +98,29 @@ class SpatialAttention(nn.Module):
         return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
 class Level(nn.Module):
-    """`depth` residual blocks a -> b at one resolution, and by its kind: "middle" attention after the first
-    block, "down" half or "up" twice the resolution at the end.
-    """
+    """`depth` residual blocks; "middle" has attention after the first, "down" halves, "up" doubles H, W."""
     def __init__(self, a, b, depth, kind):
         super().__init__()
-        down = [nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, stride=2)})]
-        up = [nn.ModuleDict({"conv": nn.Conv2d(b, b, 3, padding=1)})]
+        down = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(b, b, 3, stride=2))   # right, bottom
+        up = named(upsample=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(b, b, 3, padding=1))
         self.resnets = nn.ModuleList(ResnetBlock(b if i else a, b) for i in range(depth))
         self.attentions = nn.ModuleList([SpatialAttention(b)] if kind == "middle" else [])
-        self.downsamplers = nn.ModuleList(down if kind == "down" else [])
-        self.upsamplers = nn.ModuleList(up if kind == "up" else [])
+        self.downsamplers = nn.ModuleList([down] if kind == "down" else [])
+        self.upsamplers = nn.ModuleList([up] if kind == "up" else [])
 
     def forward(self, x):
         x = self.resnets[0](x)
-        for layer in (*self.attentions, *self.resnets[1:]):
+        for layer in (*self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
             x = layer(x)
-        for layer in self.downsamplers:
-            x = layer["conv"](F.pad(x, (0, 1, 0, 1)))   # right and bottom only
-        for layer in self.upsamplers:
-            x = layer["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
 
 def levels(channels, depth, kind):
     """Level after level through the widths; all but the last change the resolution."""
-    kinds = [kind] * (len(channels) - 1) + [None]
-    steps = zip([channels[0], *channels], channels, kinds)
-    return nn.ModuleList(Level(a, b, depth, kind) for a, b, kind in steps)
-
-class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> moments (B, 2 * latent_dim, H/f, W/f), f = 2^(levels - 1)."""
-    def __init__(self, channels, latent_dim):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = levels(channels, 2, "down")
-        self.mid_block = Level(channels[-1], channels[-1], 2, "middle")
-        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        for level in self.down_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
-
-class Decoder(nn.Module):
-    """Latents (B, latent_dim, H/f, W/f) -> images (B, 3, H, W)."""
-    def __init__(self, channels, latent_dim):
-        super().__init__()
-        channels = channels[::-1]
-        self.conv_in = nn.Conv2d(latent_dim, channels[0], 3, padding=1)
-        self.mid_block = Level(channels[0], channels[0], 2, "middle")
-        self.up_blocks = levels(channels, 3, "up")
-        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+    steps = zip([channels[0], *channels], channels, [kind] * (len(channels) - 1) + [None])
+    return nn.Sequential(*(Level(a, b, depth, kind) for a, b, kind in steps))
 
 class AE(nn.Module):
-    """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on.
-
-    channels: a width for each level, multiples of 32; recon: "mse" (eq. 3) or "l1" (VQGAN's); weights: other
-    weights of terms than the class's.
-    """
+    """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on."""
     deterministic = True
     weights = {"recon": 1.0, "lpips": 0.0}
 
@@ -175,30 +128,42 @@ class AE(nn.Module):
         super().__init__()
         if any(width % 32 for width in channels):
             raise ValueError(f"channels {channels} are not multiples of 32")
-        self.weights = self.weights | dict(weights)
-        self.latent_dim = latent_dim
-        self.encoder = Encoder(channels, latent_dim)
-        self.decoder = Decoder(channels, latent_dim)
+        self.weights = self.weights | dict(weights)   # those not given are the class's
+        self.recon = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]   # eq. 3's, VQGAN's
         self.patch_size = 2 ** (len(channels) - 1)   # f, the pixels on a side of a latent position
-        self.recon = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]
+        self.latent_dim = latent_dim
+        self.encoder = named(conv_in=nn.Conv2d(3, channels[0], 3, padding=1),
+                             down_blocks=levels(channels, 2, "down"),
+                             mid_block=Level(channels[-1], channels[-1], 2, "middle"),
+                             conv_norm_out=nn.GroupNorm(32, channels[-1], eps=1e-6), conv_act=nn.SiLU(),
+                             conv_out=nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1))
+        self.decoder = named(conv_in=nn.Conv2d(latent_dim, channels[-1], 3, padding=1),
+                             mid_block=Level(channels[-1], channels[-1], 2, "middle"),
+                             up_blocks=levels(channels[::-1], 3, "up"),
+                             conv_norm_out=nn.GroupNorm(32, channels[0], eps=1e-6), conv_act=nn.SiLU(),
+                             conv_out=nn.Conv2d(channels[0], 3, 3, padding=1))
 
     def randomness(self, n, size, generator):
-        """What forward takes at random for n images of size x size pixels, on the generator's device."""
-        return {}
+        if self.deterministic:
+            return {}
+        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
+        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/f, W/f); ValueError unless f divides H, W."""
-        if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
+        if any(side % self.patch_size for side in x.shape[-2:]):
             raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.patch_size}")
         return Posterior(self.encoder(x), self.deterministic)
 
     def decode(self, z):
-        """z (B, C, H/f, W/f) -> images (B, 3, H, W)."""
         return self.decoder(z)
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        x_hat = self.decode(self.encode(x).mode())
-        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
+        posterior = self.encode(x)
+        x_hat = self.decode(posterior.sample(noise))   # AE: of the mean
+        terms = {"recon": self.recon(x_hat.float(), x)}
+        if not self.deterministic:
+            terms["kl"] = kl_normal(posterior.mean, posterior.logvar)   # eqs. 5 and 6
+        return objective(self, terms, x, x_hat, perceptual)
 
 class DAE(AE):
     """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
@@ -219,56 +184,36 @@ class VAE(AE):
     deterministic = False
     weights = {"recon": 1.0, "kl": 1e-4, "lpips": 0.0}
 
-    def randomness(self, n, size, generator):
-        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
-        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
-
-    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        posterior = self.encode(x)
-        x_hat = self.decode(posterior.sample(noise))
-        terms = {"recon": self.recon(x_hat.float(), x), "kl": kl_normal(posterior.mean, posterior.logvar)}
-        return objective(self, terms, x, x_hat, perceptual)
-
 class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6. forward lacks the adversarial term, which needs D: the training loop
-    adds disc_weight * adaptive_weight(...) * generator_loss(D(x_hat)), and trains D with disc_loss.
-    """
+    """Stable Diffusion's VAE, eq. 6 without its adversarial term: train_ae.py, which trains D, adds that."""
     weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """VQGAN's PatchGAN, 3 layers from 64 channels: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
     def __init__(self):
-        super().__init__()
         layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
         for a, b, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
+        super().__init__(OrderedDict(main=nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))))
         for module in self.main:
             if not isinstance(module, nn.LeakyReLU):   # convolutions around 0, batch norms around 1
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
-    def forward(self, x):
-        return self.main(x)
-
 def disc_loss(real_logits, fake_logits, kind="hinge"):
     """The adversarial term of eq. 6 as D minimises it: "vanilla" the equation's, "hinge" VQGAN's default."""
-    if kind == "vanilla":
-        return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
-    if kind == "hinge":
-        return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-    raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
+    if kind not in ("hinge", "vanilla"):
+        raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
+    penalty = F.softplus if kind == "vanilla" else lambda logits: F.relu(1 + logits)
+    return 0.5 * (penalty(-real_logits).mean() + penalty(fake_logits).mean())
 
 def generator_loss(fake_logits):
     """The adversarial term as the autoencoder minimises it, in both variants."""
     return -fake_logits.mean()
 
 def adaptive_weight(loss, adv, last_layer):
-    """VQGAN's factor, which gives both gradients one norm at the decoder's last weight. loss: reconstruction
-    and LPIPS; a KL in it does no harm, its gradient does not reach the decoder.
-    """
-    grad_loss, = torch.autograd.grad(loss, last_layer, retain_graph=True)
-    grad_adv, = torch.autograd.grad(adv, last_layer, retain_graph=True)
-    return (grad_loss.norm() / (grad_adv.norm() + 1e-4)).clamp(0, 1e4)
+    """VQGAN's factor, which gives both gradients one norm at the decoder's last weight (no KL reaches it)."""
+    norm = lambda term: torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm()
+    return (norm(loss) / (norm(adv) + 1e-4)).clamp(0, 1e4)
 
 # ---- The ViT backbone: MAE and VMAE, tensor names of the authors' release ----
 
@@ -287,21 +232,16 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.mlp = named(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        B, L, D = x.shape
-        qkv = self.attn["qkv"](self.norm1(x)).view(B, L, 3, self.num_heads, D // self.num_heads)
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)   # each (B, heads, L, D / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
-        x = x + self.attn["proj"](attended)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
 
 class MAE(nn.Module):
-    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. VMAE is built on it.
-
-    L = (image_size / patch_size)^2 tokens; forward encodes int(L * (1 - mask_ratio)) of them, encode all.
-    """
+    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. Also VMAE's base."""
     deterministic = True
     weights = {"masked": 1.0, "lpips": 0.0}
 
@@ -311,88 +251,73 @@ class MAE(nn.Module):
         self.weights = self.weights | dict(weights)
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
-        self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
-        self.keep = int(self.grid ** 2 * (1 - mask_ratio))
-        limit = self.grid ** 2 - (0 if "visible" in self.weights else 1)   # MAE learns from masked ones alone
-        if not 0 < self.keep <= limit:
-            raise ValueError(f"mask ratio {mask_ratio} leaves {self.keep} of {self.grid ** 2} patches")
         if hidden_size % 4 or hidden_size % num_heads:
             raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the {num_heads} heads")
+        self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
         self.latent_dim = latent_dim
-
+        self.keep = int(self.grid ** 2 * (1 - mask_ratio))   # of L tokens, in forward; encode takes all
+        fewest = 0 if "visible" in self.weights else 1   # masked patches: MAE learns from them alone
+        if not 0 < self.keep <= self.grid ** 2 - fewest:
+            raise ValueError(f"mask ratio {mask_ratio} leaves {self.keep} of {self.grid ** 2} patches")
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, hidden_size, patch_size, patch_size)})
         self.pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(hidden_size, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.to_latent = nn.Linear(hidden_size, 2 * latent_dim)
-
         self.from_latent = nn.Linear(latent_dim, hidden_size)
         self.decoder_embed = nn.Linear(hidden_size, hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.decoder_pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.Sequential(*(Block(hidden_size, num_heads) for _ in range(decoder_depth)))
         self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.decoder_pred = nn.ModuleDict({"linear_pred": nn.Linear(hidden_size, 3 * patch_size ** 2),
                                            "conv_smoother": nn.Conv2d(3, 3, 3, padding=1)})   # removes seams
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # as a linear map
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def embed(self, x):
-        """Images -> patch tokens with positions (B, L, D)."""
+    def encode_tokens(self, x, ids_keep=None):
+        """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), by default of all (B, L)."""
         if x.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels: "
-                             f"--image_size {self.image_size}")
-        return self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
-
-    def encode_tokens(self, tokens):
-        """(B, any number of tokens, D) -> moments (B, tokens, 2C)."""
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.to_latent(self.norm(tokens))
+            raise ValueError(f"images are {tuple(x.shape[-2:])}, not --image_size {self.image_size} pixels")
+        tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed   # (B, L, D)
+        if ids_keep is not None:
+            tokens = tokens.take_along_dim(ids_keep[..., None], 1)
+        return self.to_latent(self.norm(self.blocks(tokens)))
 
     def decode_tokens(self, z, ids_shuffle):
         """Latents of the visible tokens (B, keep, C), which ids_shuffle (B, L) put first -> (B, 3, H, W)."""
         tokens = self.decoder_embed(self.from_latent(z))
-        B, L = ids_shuffle.shape
-        mask_tokens = self.mask_token.to(tokens.dtype).expand(B, L - tokens.shape[1], -1)
-        tokens = torch.cat([tokens, mask_tokens], 1)   # mask tokens never pass the latent
+        masked = ids_shuffle.shape[1] - z.shape[1]   # mask tokens never pass the latent
+        tokens = torch.cat([tokens, self.mask_token.to(tokens.dtype).expand(len(z), masked, -1)], 1)
         ids_restore = ids_shuffle.argsort(1)
-        tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
-        tokens = tokens + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
-        patches = self.decoder_pred["linear_pred"](self.decoder_norm(tokens))
-        patches = patches.view(B, self.grid, self.grid, self.patch_size, self.patch_size, 3)
-        images = patches.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, self.image_size, self.image_size)
+        tokens = tokens.take_along_dim(ids_restore[..., None], 1) + self.decoder_pos_embed
+        patches = self.decoder_pred["linear_pred"](self.decoder_norm(self.decoder_blocks(tokens)))
+        patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
+        images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return self.decoder_pred["conv_smoother"](images)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> Posterior over (B, C, H/p, W/p); ValueError on other image sizes."""
-        moments = self.encode_tokens(self.embed(x)).transpose(1, 2)
-        return Posterior(moments.reshape(len(x), -1, self.grid, self.grid), self.deterministic)
+        moments = self.encode_tokens(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return Posterior(moments, self.deterministic)
 
     def decode(self, z):
-        """z (B, C, H/p, W/p) -> images (B, 3, H, W)."""
-        z = z.flatten(2).transpose(1, 2)
+        z = z.flatten(2).transpose(1, 2)   # (B, L, C)
         return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
 
     def randomness(self, n, size, generator):
-        shuffle = torch.rand(n, self.grid ** 2, generator=generator, device=generator.device).argsort(1)
-        return {"ids_shuffle": shuffle}
+        how = {"generator": generator, "device": generator.device}
+        noise = {} if self.deterministic else {"noise": torch.randn(n, self.keep, self.latent_dim, **how)}
+        return {**noise, "ids_shuffle": torch.rand(n, self.grid ** 2, **how).argsort(1)}
 
     def masked_pass(self, x, noise=None, ids_shuffle=None):
         """Encode what is visible, decode all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
-        tokens = self.embed(x)
         if ids_shuffle is None:
-            ids_shuffle = torch.rand(tokens.shape[:2], device=x.device).argsort(1)
+            ids_shuffle = torch.rand(len(x), self.grid ** 2, device=x.device).argsort(1)
         ids_keep = ids_shuffle[:, :self.keep]
-        visible = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        posterior = Posterior(self.encode_tokens(visible), self.deterministic, dim=-1)
+        posterior = Posterior(self.encode_tokens(x, ids_keep), self.deterministic, dim=-1)
         x_hat = self.decode_tokens(posterior.sample(noise), ids_shuffle)
         mask = torch.ones(ids_shuffle.shape, device=x.device).scatter(1, ids_keep, 0.0)
         return x_hat, posterior, mask
@@ -409,9 +334,8 @@ class MAE(nn.Module):
 class VMAE(MAE):
     """Variational masked autoencoder, the paper's own (main paper, section 4):
 
-    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. A latent is drawn for each
-    visible token; the KL draws its variance alone to prior_std^2. The weights are the release's and multiply
-    whole terms: relative to the visible one lambda_M = lambda_P = 1, lambda_reg = 2e-6.
+    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. The KL draws the variance
+    alone to prior_std^2. weights: the release's, that is lambda_M = lambda_P = 1, lambda_reg = 2e-6, halved.
     """
     deterministic = False
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5, "recon": 1.0}   # the last to tune
@@ -421,15 +345,9 @@ class VMAE(MAE):
         self.prior_std = prior_std
         self.tune_decoder = tune_decoder   # the last stage: the encoder is done, nothing is masked
 
-    def randomness(self, n, size, generator):
-        noise = torch.randn(n, self.keep, self.latent_dim, generator=generator, device=generator.device)
-        return {"noise": noise, **super().randomness(n, size, generator)}
-
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         if self.tune_decoder:
-            with torch.no_grad():
-                z = self.encode(x).mode()
-            x_hat = self.decode(z)
+            x_hat = self.decode(self.encode(x).mode().detach())
             return objective(self, {"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
         terms = {"visible": self.patch_error(x, x_hat, 1 - mask)}
@@ -443,33 +361,30 @@ MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": 
 # ---- Weights: LPIPS's network, checkpoints of ours and of others ----
 
 def lpips_vgg():
-    """The lpips package's metric on VGG16, v0.1, frozen: net(x_hat, x) -> (B, 1, 1, 1), images in [-1, 1].
-
-    VGG16 is downloaded to torch's hub cache on first use. FileNotFoundError if not, ValueError if damaged.
-    """
+    """lpips v0.1 on VGG16, frozen: net(x_hat, x) -> (B, 1, 1, 1). FileNotFoundError, ValueError."""
     import lpips
     from torchvision.models import VGG16_Weights
     url = VGG16_Weights.IMAGENET1K_V1.url
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    advice = f"put {url} into {folder}, or train without it: --lpips 0"
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    advice = f"put {url} at {path}, or train without it: --lpips 0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # lpips calls torchvision the old way, and would unpickle freely:
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)   # pnet_rand leaves VGG16 to us
-    try:
+    try:   # the hub's cache, else the download
         vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
         for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
             parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
     except OSError as error:
         raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}")
-    except NO_CHECKPOINT:
-        raise ValueError(f"{os.path.join(folder, os.path.basename(url))} is damaged: {advice}")
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {advice}")
     return net.eval().requires_grad_(False)
 
 def read_checkpoint(path):
     """A checkpoint file -> dict on the CPU; nothing in it can run code. FileNotFoundError, ValueError."""
     torch.serialization.add_safe_globals([argparse.Namespace])   # the release's files hold one
     if os.path.exists(os.path.join(path, "source.json")):
-        raise ValueError(f"{path} is a latent cache, not a checkpoint: it belongs behind train_dit.py --cache")
+        raise ValueError(f"{path} is a latent cache, no checkpoint: it belongs behind train_dit.py --cache")
     if not os.path.isfile(path):
         hint = f", but there is {path}/ckpt.pt" if os.path.exists(os.path.join(path, "ckpt.pt")) else ""
         raise FileNotFoundError(f"there is no checkpoint file {path}{hint}")
@@ -479,8 +394,8 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch compares no checksums
             raise ValueError
-    except NO_CHECKPOINT:
-        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
+    except Exception as error:   # a damaged file may raise any
+        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or damaged ({type(error).__name__})")
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
     return ckpt
@@ -488,41 +403,36 @@ def read_checkpoint(path):
 def read_safetensors(path):
     """Hugging Face's format: the header's length in 8 bytes, the header in JSON, the tensors' bytes."""
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, os.path.getsize(path))))
         data = bytearray(file.read())
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    header.pop("__metadata__", None)
     return {name: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=types[entry["dtype"]])
-            .view(entry["shape"]) for name, entry in header.items()}
+            .view(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 def load(path):
-    """An autoencoder in eval mode on the CPU, from a checkpoint of train_ae.py, of the authors' VMAE, or of
-    diffusers' AutoencoderKL (.safetensors too). FileNotFoundError, ValueError: a sentence on what is wrong.
-    """
+    """As from_checkpoint, from a file, .safetensors too. FileNotFoundError, ValueError."""
     return from_checkpoint(read_checkpoint(path), path)
 
 def from_checkpoint(ckpt, path="checkpoint"):
-    """As load, from a dict in memory; `path` is for messages."""
+    """An autoencoder in eval mode from what train_ae.py, VMAE's authors or diffusers saved, or ValueError."""
     try:
-        state = ckpt.get("model", ckpt)
-        if "x_embedder.proj.weight" in state:
-            raise ValueError(f"{path} holds a DiT, not an autoencoder: it belongs behind sample.py --ckpt")
-        state = {key: value for key, value in state.items() if not key.startswith("perceptual_loss.")}
+        state = {k: v for k, v in ckpt.get("model", ckpt).items() if not k.startswith("perceptual_loss.")}
         if ckpt.get("kind") == "autoencoder":
             name, config = ckpt["name"], ckpt["config"]
         elif "from_latent.weight" in state:   # the authors' VMAE; all released have 12 heads
             hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-            depths = [sum(key.startswith(p) and key.endswith("norm1.weight") for key in state)
-                      for p in ("blocks.", "decoder_blocks.")]
             name, config = "vmae", {
-                "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-                "patch_size": patch_size, "hidden_size": hidden_size, "depth": depths[0],
-                "decoder_depth": depths[1], "latent_dim": state["from_latent.weight"].shape[1]}
+                "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size,
+                "hidden_size": hidden_size, "latent_dim": state["from_latent.weight"].shape[1],
+                "depth": len(fnmatch.filter(state, "blocks.*.norm1.weight")),
+                "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight"))}
         elif "encoder.conv_in.weight" in state:   # diffusers' AutoencoderKL
-            depth = sum(key.endswith("resnets.0.conv1.weight") and ".down_blocks." in key for key in state)
-            channels = [len(state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(depth)]
-            latent_dim = state["decoder.conv_in.weight"].shape[1]
-            name, config = "sdvae", {"channels": channels, "latent_dim": latent_dim}
+            first = sorted(fnmatch.filter(state, "encoder.down_blocks.*.resnets.0.conv1.weight"))
+            name, config = "sdvae", {"channels": [len(state[key]) for key in first],
+                                     "latent_dim": state["decoder.conv_in.weight"].shape[1]}
+        elif "x_embedder.proj.weight" in state:
+            raise ValueError(f"{path} holds a DiT, not an autoencoder: it belongs behind sample.py --ckpt")
         else:
             raise ValueError(f"{path} holds no autoencoder that this program knows")
         model = MODELS[name](**config)
@@ -537,10 +447,9 @@ def from_checkpoint(ckpt, path="checkpoint"):
 def resize_positions(state, grid):
     """A ViT's state dict with its position tables interpolated, bilinearly, to grid x grid tokens."""
     for name in ("pos_embed", "decoder_pos_embed"):
-        table = state[name].transpose(1, 2)   # (1, D, L)
-        table = table.unflatten(2, (math.isqrt(table.shape[2]), -1))
-        table = F.interpolate(table, (grid, grid), mode="bilinear", align_corners=False)
-        state[name] = table.flatten(2).transpose(1, 2)
+        side = math.isqrt(state[name].shape[1])
+        table = state[name].transpose(1, 2).unflatten(2, (side, side))   # (1, D, side, side)
+        state[name] = F.interpolate(table, (grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
     return state
 
 # ---- What all scripts share ----
@@ -572,9 +481,9 @@ def choose_device(name):
     """This process's device, "cpu" or "cuda:N", from what --device says; TF32 for float32 on a GPU."""
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = name or "cpu"
-    if name not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        sys.exit(f"--device {name} is not there: PyTorch finds {torch.cuda.device_count()} GPUs")
+    name, gpus = name or "cpu", torch.cuda.device_count()
+    if name not in ("cpu", *(f"cuda:{i}" for i in range(gpus))):
+        sys.exit(f"--device {name} is not there: PyTorch finds {gpus} GPUs")
     if name != "cpu":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")

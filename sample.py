@@ -36,8 +36,7 @@ def parse_args():
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
     add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
-    add("--labels", nargs="+", help="classes, such as 130 88 or 130,88 (default of a grid: 10 classes, of "
-        "1,000 the release's 8; of --num: all, uniformly)")
+    add("--labels", nargs="+", help="classes, as 130 88 or 130,88 (default: all; grid: 10, of 1,000 the release's 8)")
     add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
     add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
@@ -62,14 +61,10 @@ def parse_args():
 def load(args):
     """DiT, autoencoder, latent mean and std (C, 1, 1), on the device; class names, sampling settings."""
     model, info = or_exit(dit.load, args.ckpt)
-    if "ae" in info and args.ae is None:
-        autoencoder = or_exit(ae.from_checkpoint, info["ae"], args.ckpt)
-    elif args.ae is None:
+    if not args.ae and "ae" not in info:
         sys.exit(f"{args.ckpt} carries no autoencoder: name it with --ae")
-    else:
-        autoencoder = or_exit(ae.load, args.ae)
-    stats = info if args.stats is None else or_exit(ae.read_checkpoint, args.stats)
-    prefix = "latent_" if args.stats is None else ""
+    autoencoder = or_exit(ae.load, args.ae) if args.ae else or_exit(ae.from_checkpoint, info["ae"], args.ckpt)
+    stats, prefix = (or_exit(ae.read_checkpoint, args.stats), "") if args.stats else (info, "latent_")
     if prefix + "mean" not in stats or prefix + "std" not in stats:
         sys.exit(f"{args.stats or args.ckpt} carries no latent mean and std: name them by --stats")
     mean, std = (torch.as_tensor(stats[prefix + name]).float().view(-1, 1, 1) for name in ("mean", "std"))
@@ -78,17 +73,15 @@ def load(args):
     if not fits or size != getattr(autoencoder, "grid", size):
         sys.exit(f"the DiT draws latents of {channels} channels and {size} x {size} positions, which the "
                  "autoencoder or the statistics do not fit")
-    names = info.get("class_names", [""] * model.num_classes)
     defaults = info["args"] if info.get("kind") == "dit" else PAPER
     if model.class_dropout_prob == 0:
         defaults = {**defaults, "cfg_scale": 1.0}
-    given = {"sample_steps": args.steps, "cfg_scale": args.cfg_scale, "cfg_channels": args.cfg_channels,
-             "cfg_start": args.cfg_start, "shift": args.shift}
-    settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+    given = {**vars(args), "sample_steps": args.steps}
+    settings = {name: defaults[name] if given[name] is None else given[name] for name in PAPER}
     if settings["cfg_scale"] > 1 and model.class_dropout_prob == 0:
         sys.exit("--cfg_scale above 1 needs a DiT of several classes that was trained with dropped labels")
-    device = args.device
-    return model.to(device), autoencoder.to(device), mean.to(device), std.to(device), names, settings
+    names = info.get("class_names", [""] * model.num_classes)
+    return *(part.to(args.device) for part in (model, autoencoder, mean, std)), names, settings
 
 @torch.no_grad()
 def draw(loaded, args, indices, labels):
@@ -98,98 +91,82 @@ def draw(loaded, args, indices, labels):
     rngs = [np.random.default_rng((args.seed, index)) for index in indices]
     noise = np.stack([rng.standard_normal((channels, size, size), dtype=np.float32) for rng in rngs])
     drawn = [args.labels[rng.integers(len(args.labels))] for rng in rngs]
-    y = torch.tensor(drawn if labels is None else labels, device=args.device)
-    z = dit.sample(model, torch.from_numpy(noise).to(args.device), y, *settings.values())
-    return ae.to_uint8(autoencoder.decode(z * std + mean)), y.cpu().numpy()
+    y = torch.tensor(drawn if labels is None else labels)
+    batches = list(zip(torch.from_numpy(noise).split(args.batch), y.split(args.batch)))
+    images = []
+    for batch in tqdm(batches, "drawing", unit="batch", leave=False, disable=args.rank > 0):
+        z = dit.sample(model, *(part.to(args.device) for part in batch), *settings.values())
+        images.append(ae.to_uint8(autoencoder.decode(z * std + mean)))
+    return np.concatenate(images), y.numpy()
 
 def draw_grid(loaded, args):
     """samples.png: a row a class, or eight rows of the only class."""
     names = loaded[4]
     classes = args.labels if len(names) > 1 else [0] * 8
     labels = [c for c in classes for _ in range(args.columns)]
-    images = []
-    for i in tqdm(range(0, len(labels), args.batch), "drawing", disable=len(labels) <= args.batch):
-        part = labels[i:i + args.batch]
-        images.append(draw(loaded, args, range(i, i + len(part)), part)[0])
-    images = np.concatenate(images)
+    images, _ = draw(loaded, args, range(len(labels)), labels)
     path = os.path.join(args.out, "samples.png")
     titles = ["" if len(names) == 1 else " ".join(dict.fromkeys((str(c), names[c]))) for c in classes]
     ae.save_grid(path, images.reshape(len(classes), args.columns, *images.shape[1:]), titles)
     print(f"wrote {path}")
 
-def draw_npz(loaded, args, rank, world):
-    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), where there are several.
-
-    Parts go to files of their own, so that an interrupted run goes on, and are put together at the end.
-    """
+def draw_npz(loaded, args, world):
+    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), where there are several."""
     path, parts = os.path.join(args.out, "samples.npz"), os.path.join(args.out, "samples.parts")
     wanted = {"ckpt": os.path.realpath(args.ckpt), "modified": os.path.getmtime(args.ckpt), "num": args.num,
               "seed": args.seed, "labels": args.labels, "ae": args.ae, "stats": args.stats, **loaded[5]}
     record = os.path.join(parts, "settings.json")
-    if rank == 0 and not os.path.exists(record):
+    rows = {os.path.join(parts, f"{i // PART:06}.npz"): range(args.num)[i:i + PART]
+            for i in range(0, args.num, PART)}   # a file each at first: an interrupted run goes on
+    mine = [part for part in rows if not os.path.exists(part)][args.rank::world]
+    if args.rank == 0 and not os.path.exists(record):
         os.makedirs(parts, exist_ok=True)
         with ae.whole_file(record) as file:
             file.write(json.dumps(wanted).encode())
     if world > 1:
-        dist.barrier()
+        dist.barrier()   # all have looked
     if json.load(open(record)) != wanted:
         sys.exit(f"{parts} holds part of a run with other settings: finish that one, or remove the folder")
-    files = [os.path.join(parts, f"{k:06}.npz") for k in range(-(-args.num // PART))]
-    missing = [k for k in range(len(files)) if not os.path.exists(files[k])]
-    if world > 1:
-        dist.barrier()   # all have looked
-    mine = missing[rank::world]
-    total = sum(min(PART, args.num - k * PART) for k in mine)
-    bar = tqdm(total=total, desc=f"rank 0 of {world}", unit=" samples", disable=rank > 0)
-    for k in mine:
-        images, labels = [], []
-        for i in range(k * PART, min(args.num, (k + 1) * PART), args.batch):
-            drawn = draw(loaded, args, range(i, min(i + args.batch, args.num, (k + 1) * PART)), None)
-            images.append(drawn[0])
-            labels.append(drawn[1])
-            bar.update(len(drawn[0]))
-        with ae.whole_file(files[k]) as file:
-            np.savez(file, images=np.concatenate(images), labels=np.concatenate(labels))
-    bar.close()
+    for part in tqdm(mine, f"rank 0 of {world}, {PART} samples a part", unit="part", disable=args.rank > 0):
+        images, labels = draw(loaded, args, rows[part], None)
+        with ae.whole_file(part) as file:
+            np.savez(file, images=images, labels=labels)
     if world > 1:
         dist.barrier()
-    if rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
-        header = {"descr": "|u1", "fortran_order": False,
-                  "shape": (args.num, *np.load(files[0])["images"].shape[1:])}
+    if args.rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
+        shape = (args.num, *np.load(next(iter(rows)))["images"].shape[1:])
         with ae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-                np.lib.format.write_array_header_1_0(out, header)
-                for file in files:
-                    out.write(np.load(file)["images"].tobytes())
+                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+                for part in rows:
+                    out.write(np.load(part)["images"].tobytes())
             if len(loaded[4]) > 1:
                 with archive.open("arr_1.npy", "w") as out:
-                    np.save(out, np.concatenate([np.load(file)["labels"] for file in files]))
+                    np.save(out, np.concatenate([np.load(part)["labels"] for part in rows]))
         shutil.rmtree(parts)
         print(f"wrote {path}: {args.num} samples")
 
 def main():
     args = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = choose_device(args.device)
     args.out = args.out or os.path.dirname(args.ckpt) or "."
     loaded = load(args)
     classes = len(loaded[4])
-    try:
-        if args.labels is not None:
-            args.labels = [int(label) for part in args.labels for label in part.split(",")]
-    except ValueError:
-        sys.exit("--labels takes class numbers, such as 130 88")
-    if args.labels and not all(0 <= label < classes for label in args.labels):
-        sys.exit(f"--labels: this model has classes 0 to {classes - 1}")
+    if args.labels is not None:
+        words = [word.strip() for word in ",".join(args.labels).split(",")]
+        if not all(word.isdecimal() and int(word) < classes for word in words):
+            sys.exit(f"--labels takes class numbers, such as 3 7: this model has classes 0 to {classes - 1}")
+        args.labels = [int(word) for word in words]
     or_exit(os.makedirs, args.out, exist_ok=True)
     if args.num is not None:
         args.labels = args.labels or list(range(classes))
         if world > 1:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        or_exit(draw_npz, loaded, args, rank, world)
+        or_exit(draw_npz, loaded, args, world)
         if world > 1:
             dist.destroy_process_group()
-    elif rank == 0:
+    elif args.rank == 0:
         spread = [i * classes // min(classes, 10) for i in range(min(classes, 10))]
         args.labels = args.labels or (SHOWCASE if classes == 1000 else spread)
         draw_grid(loaded, args)
