@@ -21,6 +21,8 @@ import fnmatch
 import json
 import math
 import os
+import pickle
+import struct
 import sys
 import warnings
 import zipfile
@@ -32,19 +34,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+# what reading a file raises that is no checkpoint, or lost a part
+NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error,
+                 AttributeError, TypeError, OverflowError, zipfile.BadZipFile)
+
 class Posterior:
     """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
     def __init__(self, moments, deterministic=False, dim=1):
         self.mean, logvar = moments.float().chunk(2, dim)
         self.logvar = logvar.clamp(-30, 20)
         self.deterministic = deterministic   # AE, DAE and MAE: a sample is the mean
-
     def sample(self, noise=None):
         if self.deterministic:
             return self.mean
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + torch.exp(0.5 * self.logvar) * noise
-
     def mode(self):
         return self.mean
 
@@ -79,7 +83,6 @@ class ResnetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(32, b, eps=1e-6)
         self.conv2 = nn.Conv2d(b, b, 3, padding=1)
         self.conv_shortcut = nn.Identity() if a == b else nn.Conv2d(a, b, 1)
-
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
@@ -91,7 +94,6 @@ class SpatialAttention(nn.Module):
         self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)   # (B, 1, H * W, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
@@ -107,7 +109,6 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList([SpatialAttention(b)] if kind == "middle" else [])
         self.downsamplers = nn.ModuleList([down] if kind == "down" else [])
         self.upsamplers = nn.ModuleList([up] if kind == "up" else [])
-
     def forward(self, x):
         x = self.resnets[0](x)
         for layer in (*self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
@@ -123,7 +124,6 @@ class AE(nn.Module):
     """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on."""
     deterministic = True
     weights = {"recon": 1.0, "lpips": 0.0}
-
     def __init__(self, channels=(128, 256, 512, 512), latent_dim=16, recon="mse", weights=()):
         super().__init__()
         if any(width % 32 for width in channels):
@@ -142,38 +142,25 @@ class AE(nn.Module):
                              up_blocks=levels(channels[::-1], 3, "up"),
                              conv_norm_out=nn.GroupNorm(32, channels[0], eps=1e-6), conv_act=nn.SiLU(),
                              conv_out=nn.Conv2d(channels[0], 3, 3, padding=1))
-
     def randomness(self, n, size, generator):
-        if self.deterministic:
-            return {}
-        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
-        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
-
+        return {}
     def encode(self, x):
         if any(side % self.patch_size for side in x.shape[-2:]):
             raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.patch_size}")
         return Posterior(self.encoder(x), self.deterministic)
-
     def decode(self, z):
         return self.decoder(z)
-
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        posterior = self.encode(x)
-        x_hat = self.decode(posterior.sample(noise))   # AE: of the mean
-        terms = {"recon": self.recon(x_hat.float(), x)}
-        if not self.deterministic:
-            terms["kl"] = kl_normal(posterior.mean, posterior.logvar)   # eqs. 5 and 6
-        return objective(self, terms, x, x_hat, perceptual)
+        x_hat = self.decode(self.encode(x).mode())
+        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
 
 class DAE(AE):
     """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
     def __init__(self, *args, noise_std=0.1, **kwargs):
         super().__init__(*args, **kwargs)
         self.noise_std = noise_std
-
     def randomness(self, n, size, generator):
         return {"noise": torch.randn(n, 3, size, size, generator=generator, device=generator.device)}
-
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         noise = torch.randn_like(x) if noise is None else noise
         x_hat = self.decode(self.encode(x + self.noise_std * noise).mode())
@@ -183,6 +170,14 @@ class VAE(AE):
     """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
     deterministic = False
     weights = {"recon": 1.0, "kl": 1e-4, "lpips": 0.0}
+    def randomness(self, n, size, generator):
+        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
+        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        posterior = self.encode(x)
+        x_hat = self.decode(posterior.sample(noise))
+        terms = {"recon": self.recon(x_hat.float(), x), "kl": kl_normal(posterior.mean, posterior.logvar)}
+        return objective(self, terms, x, x_hat, perceptual)
 
 class SDVAE(VAE):
     """Stable Diffusion's VAE, eq. 6 without its adversarial term: train_ae.py, which trains D, adds that."""
@@ -233,7 +228,6 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = named(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
-
     def forward(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)   # each (B, heads, L, D / heads)
@@ -244,7 +238,6 @@ class MAE(nn.Module):
     """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. Also VMAE's base."""
     deterministic = True
     weights = {"masked": 1.0, "lpips": 0.0}
-
     def __init__(self, image_size=256, patch_size=8, hidden_size=192, depth=12, decoder_depth=12,
                  num_heads=12, latent_dim=16, mask_ratio=0.6, weights=()):
         super().__init__()
@@ -277,7 +270,6 @@ class MAE(nn.Module):
             nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # as a linear map
         nn.init.normal_(self.mask_token, std=0.02)
-
     def encode_tokens(self, x, ids_keep=None):
         """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), by default of all (B, L)."""
         if x.shape[-2:] != (self.image_size, self.image_size):
@@ -286,7 +278,6 @@ class MAE(nn.Module):
         if ids_keep is not None:
             tokens = tokens.take_along_dim(ids_keep[..., None], 1)
         return self.to_latent(self.norm(self.blocks(tokens)))
-
     def decode_tokens(self, z, ids_shuffle):
         """Latents of the visible tokens (B, keep, C), which ids_shuffle (B, L) put first -> (B, 3, H, W)."""
         tokens = self.decoder_embed(self.from_latent(z))
@@ -298,20 +289,16 @@ class MAE(nn.Module):
         patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
         images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return self.decoder_pred["conv_smoother"](images)
-
     def encode(self, x):
         moments = self.encode_tokens(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return Posterior(moments, self.deterministic)
-
     def decode(self, z):
         z = z.flatten(2).transpose(1, 2)   # (B, L, C)
         return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
-
     def randomness(self, n, size, generator):
         how = {"generator": generator, "device": generator.device}
         noise = {} if self.deterministic else {"noise": torch.randn(n, self.keep, self.latent_dim, **how)}
         return {**noise, "ids_shuffle": torch.rand(n, self.grid ** 2, **how).argsort(1)}
-
     def masked_pass(self, x, noise=None, ids_shuffle=None):
         """Encode what is visible, decode all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
         if ids_shuffle is None:
@@ -321,12 +308,10 @@ class MAE(nn.Module):
         x_hat = self.decode_tokens(posterior.sample(noise), ids_shuffle)
         mask = torch.ones(ids_shuffle.shape, device=x.device).scatter(1, ids_keep, 0.0)
         return x_hat, posterior, mask
-
     def patch_error(self, x, x_hat, patches):
         """Mean squared error over the patches (B, L) that are marked with 1."""
         error = F.avg_pool2d((x_hat.float() - x).square().mean(1), self.patch_size).flatten(1)
         return (error * patches).sum() / patches.sum()
-
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat, _, mask = self.masked_pass(x, noise, ids_shuffle)
         return objective(self, {"masked": self.patch_error(x, x_hat, mask)}, x, x_hat, perceptual)
@@ -339,15 +324,15 @@ class VMAE(MAE):
     """
     deterministic = False
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5, "recon": 1.0}   # the last to tune
-
     def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.prior_std = prior_std
         self.tune_decoder = tune_decoder   # the last stage: the encoder is done, nothing is masked
-
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         if self.tune_decoder:
-            x_hat = self.decode(self.encode(x).mode().detach())
+            with torch.no_grad():
+                z = self.encode(x).mode()
+            x_hat = self.decode(z)
             return objective(self, {"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
         terms = {"visible": self.patch_error(x, x_hat, 1 - mask)}
@@ -376,8 +361,8 @@ def lpips_vgg():
             parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
     except OSError as error:
         raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}")
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): {advice}")
+    except NO_CHECKPOINT:
+        raise ValueError(f"{path} is damaged: {advice}")
     return net.eval().requires_grad_(False)
 
 def read_checkpoint(path):
@@ -394,8 +379,8 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch compares no checksums
             raise ValueError
-    except Exception as error:   # a damaged file may raise any
-        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or damaged ({type(error).__name__})")
+    except NO_CHECKPOINT:
+        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
     return ckpt

@@ -28,7 +28,6 @@ class RMSNorm(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6).to(x.dtype)
 
@@ -50,7 +49,6 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()   # one weight for all heads
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
-
     def forward(self, x, cos, sin):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))   # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (B, heads, L, d)
@@ -64,7 +62,6 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
-
     def forward(self, x):
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate) * value)
@@ -78,7 +75,6 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim)
         self.mlp = SwiGLU(dim, int(2 / 3 * 4 * dim))   # as many weights as a plain MLP of ratio 4
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
     def forward(self, x, c, cos, sin):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
@@ -89,7 +85,6 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-
     def forward(self, t):
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angles = t.float()[:, None] * freqs
@@ -101,7 +96,6 @@ class FinalLayer(nn.Module):
         self.norm_final = RMSNorm(dim)
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
@@ -142,7 +136,6 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, in_channels * patch_size ** 2)
         self.initialise()
-
     def initialise(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -157,7 +150,6 @@ class DiT(nn.Module):
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-
     def forward(self, x, t, y):
         """x (B, C, H, W), t (B,) in [0, 1], y (B,) classes, num_classes for none -> velocity like x."""
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed   # (B, L, D)

@@ -2,14 +2,15 @@
 
     python sample.py                                             the demo's digits, a row a class
     python sample.py --ckpt out/dit/ckpt.pt --labels 130 88      a grid of two classes
-    torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     samples.npz for fid.py
-    python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt     weights of others
+    torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
+    python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  of others
 
-Sample i depends on --seed and i alone, not on the number of processes or the batch. (The -- keeps torchrun
-from taking --num for an abbreviation of a flag of its own.)
+Sample i depends on --seed and i alone, not on the number of processes or the batch. (The --
+keeps torchrun from taking --num for an abbreviation of a flag of its own.)
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -30,13 +31,14 @@ SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]   # the ImageNet classes that t
 PART = 256   # samples in a file of an unfinished samples.npz
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter,
+                                     usage="%(prog)s [flags]")
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
     add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
-    add("--labels", nargs="+", help="classes, as 130 88 or 130,88 (default: all; grid: 10, of 1,000 the release's 8)")
+    add("--labels", nargs="+", help="classes, as 130 88 or 130,88 (default: all; grid: 10)")
     add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
     add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")

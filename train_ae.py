@@ -1,11 +1,11 @@
 """Train an autoencoder (supplement, section B.1).
 
-    python train_ae.py                                             the demo: a VMAE on the bundled digits
-    python train_ae.py --model sdvae                               the demo with another autoencoder
-    python train_ae.py --data DIR --image_size 128                 own images, the paper's settings
+    python train_ae.py                                          the demo: a VMAE on digits
+    python train_ae.py --model sdvae                            the demo with another autoencoder
+    python train_ae.py --data DIR --image_size 128              own images, the paper's settings
     torchrun --nproc_per_node=8 train_ae.py --model vmae --data imagenet/train
-    python train_ae.py --data DIR --resume                         go on from the last checkpoint
-    python train_ae.py --eval --ckpt out/*/ckpt.pt --data VAL      judge autoencoders, a row each
+    python train_ae.py --data DIR --resume                      go on from the last checkpoint
+    python train_ae.py --eval --ckpt out/*/ckpt.pt --data VAL   judge autoencoders, a row each
 
 Writes ckpt.pt, log.jsonl and recon.png (originals above reconstructions) into --out.
 """
@@ -284,7 +284,6 @@ class Run:
                     if line.endswith("\n") and json.loads(line)["step"] <= self.done:   # not torn, not later
                         new.write(line.encode())
         self.clock = time.time(), self.done
-
     def step(self, terms, optimizers, lr):
         """An optimiser step and, if it is due, its log line. terms: detached scalars, of this process.
 
@@ -318,7 +317,6 @@ class Run:
                 self.write({**dict(zip([*terms, "grad_norm", "skipped"], values)), "lr": lr})
             self.clock = time.time(), self.done
         return 1 - bad
-
     def write(self, terms):
         """A line on the screen and in log.jsonl."""
         speed = (self.done - self.clock[1]) * self.args.batch / (time.time() - self.clock[0])
@@ -332,7 +330,6 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             print(f"warning: {error}", file=sys.stderr)
-
     def due(self):
         """Whether a checkpoint is: by the number of steps, or because a signal reached any process."""
         flags = torch.tensor([self.signalled, self.seen >= 20], dtype=torch.int)
@@ -343,7 +340,6 @@ class Run:
             sys.exit("20 steps in a row had a loss or a gradient that is not finite and were skipped: go on "
                      "from the last checkpoint with --resume and a smaller --lr or --grad_clip 1")
         return self.ending or self.done % self.args.ckpt_every == 0 or self.done == self.args.steps
-
     def save(self, ckpt, draw):
         """ckpt.pt, whole or not at all, the one before as ckpt.previous.pt; then the picture, by draw()."""
         path = os.path.join(self.args.out, "ckpt.pt")
@@ -361,7 +357,6 @@ class Run:
         except OSError as error:
             print(f"warning: step {self.done} is not saved, {path} stays as it was: {error}", file=sys.stderr)
             self.saved = False
-
     def finish(self, picture):
         """The last words."""
         if self.world > 1:
@@ -409,10 +404,8 @@ class Images:
             sys.exit(f"--data {folder} holds no images ({' '.join(SUFFIXES)})")
         if len(self.classes) > 1 and "" in self.classes:
             sys.exit(f"--data {folder} holds images both in itself and in sub-folders: move the former")
-
     def __len__(self):
         return len(self.files)
-
     def __getitem__(self, index):
         if self.digits:
             return Image.fromarray(self.files[index]).convert("RGB")
@@ -455,7 +448,6 @@ class Batches(torch.utils.data.Dataset):
     """
     def __init__(self, images, transform, tolerate=0.01):
         self.images, self.transform, self.limit = images, transform, tolerate * len(images)
-
     def __getitem__(self, keys):
         pixels, labels, bad = [], [], set()
         for index, *key in keys:

@@ -1,9 +1,9 @@
 """Train a DiT on the latents of a frozen autoencoder (supplement, section B.2).
 
-    python train_dit.py                                       the demo: digits, latents of the demo's VMAE
-    python train_dit.py --data DIR --ae out/vmae/ckpt.pt      own images, the paper's settings
-    torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae out/vmae/ckpt.pt --cache latents
-    python train_dit.py --data DIR --resume                   go on from the last checkpoint
+    python train_dit.py                                    the demo: digits, its VMAE's latents
+    python train_dit.py --data DIR --ae out/vmae/ckpt.pt   own images, the paper's settings
+    torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae vmae.pth --cache latents
+    python train_dit.py --data DIR --resume                go on from the last checkpoint
 
 Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png into --out.
 """
@@ -73,24 +73,19 @@ class Cache:
     """
     shard = 4096
     limit = 0   # of images that may be unreadable: they were replaced when it was written
-
     def __init__(self, folder, images):
         self.folder, self.images = folder, images
-
     def path(self, kind, k):
         return os.path.join(self.folder, f"{kind}-{k:05}.npy")
-
     @functools.lru_cache(None)
     def open(self, kind, k):
         return np.load(self.path(kind, k), mmap_mode="r" if kind == "moments" else None)
-
     def __getitem__(self, keys):
         flipped = not self.images.digits   # digits never are
         places = [(index // self.shard, index % self.shard, int(flip and flipped)) for index, _, flip in keys]
         moments = np.stack([self.open("moments", k)[row, flip] for k, row, flip in places])
         labels = [int(self.open("labels", k)[row]) for k, row, _ in places]
         return torch.from_numpy(moments), torch.tensor(labels), []
-
     def fill(self, source, encode, dataset, args, rank, world):
         """Write the shards that are missing, every world-th one; refuse a folder made from another source."""
         or_exit(os.makedirs, self.folder, exist_ok=True)
