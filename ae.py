@@ -180,7 +180,7 @@ class VAE(AE):
         return objective(self, terms, x, x_hat, perceptual)
 
 class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6 without its adversarial term: train_ae.py, which trains D, adds that."""
+    """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * generator_loss."""
     weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
 
 class Discriminator(nn.Sequential):
@@ -407,6 +407,7 @@ def from_checkpoint(ckpt, path="checkpoint"):
             name, config = ckpt["name"], ckpt["config"]
         elif "from_latent.weight" in state:   # the authors' VMAE; all released have 12 heads
             hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+            state.setdefault("mask_token", torch.zeros(1, 1, hidden_size))   # files for generation lack it
             name, config = "vmae", {
                 "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size,
                 "hidden_size": hidden_size, "latent_dim": state["from_latent.weight"].shape[1],
@@ -421,8 +422,6 @@ def from_checkpoint(ckpt, path="checkpoint"):
         else:
             raise ValueError(f"{path} holds no autoencoder that this program knows")
         model = MODELS[name](**config)
-        if name == "vmae":
-            state.setdefault("mask_token", model.mask_token.data)   # files for generation lack it
         model.load_state_dict(state)
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not fit any autoencoder here: {' '.join(str(error).split())[:300]}")
@@ -464,11 +463,11 @@ def whole_file(path):
 
 def choose_device(name):
     """This process's device, "cpu" or "cuda:N", from what --device says; TF32 for float32 on a GPU."""
-    if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name, gpus = name or "cpu", torch.cuda.device_count()
-    if name not in ("cpu", *(f"cuda:{i}" for i in range(gpus))):
-        sys.exit(f"--device {name} is not there: PyTorch finds {gpus} GPUs")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name in (None, "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else name or "cpu"
+    if name not in ("cpu", *gpus):
+        sys.exit(f"--device {name} is not there: PyTorch finds {len(gpus)} GPUs")
     if name != "cpu":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
@@ -485,8 +484,7 @@ def save_grid(path, rows, labels, columns=()):
     rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
     R, N, H, W, _ = rows.shape
     font = ImageFont.load_default(14)
-    margin = 12 + int(max(font.getlength(label) for label in labels))
-    top = 20 if columns else 0
+    margin, top = 12 + int(max(map(font.getlength, labels))), 20 if columns else 0
     canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
     canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)), (margin, top))
     draw = ImageDraw.Draw(canvas)

@@ -38,7 +38,7 @@ def parse_args():
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
     add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
-    add("--labels", nargs="+", help="classes, as 130 88 or 130,88 (default: all; grid: 10)")
+    add("--labels", nargs="+", help="classes, 130 88 or 130,88 (default: all; grid: 10, ImageNet's: 8)")
     add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
     add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
