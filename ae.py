@@ -273,7 +273,8 @@ class MAE(nn.Module):
     def encode_tokens(self, x, ids_keep=None):
         """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), by default of all (B, L)."""
         if x.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(x.shape[-2:])}, not --image_size {self.image_size} pixels")
+            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels: "
+                             f"--image_size {self.image_size}")
         tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed   # (B, L, D)
         if ids_keep is not None:
             tokens = tokens.take_along_dim(ids_keep[..., None], 1)

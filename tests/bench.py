@@ -5,11 +5,12 @@
     python tests/bench.py --only training guided   rows whose names hold one of these words
     python tests/bench.py --row "latent cache"     one row, in this process, as JSON
 
-Each row runs in a process of its own, so that its peak memory is its own: on a CPU the process's largest resident
-set, on a GPU PyTorch's largest allocation after the warm-up. Ours and the peer, where it is installed, take turns
-round by round: medians, and the median of the rounds' ratios. Training rows time train_ae.Run.step and what the
-scripts do around it, all but the loading. FLOP/s are of forward and backward passes, a multiply and an add two;
-their share is of the rate of square matrix products in the same arithmetic, measured here. Weights are random.
+Each row runs in a process of its own, so that its peak memory is its own: on a CPU the process's largest
+resident set, on a GPU PyTorch's largest allocation after the warm-up. Ours and the peer, where it is
+installed, take turns round by round: medians, and the median of the rounds' ratios. Training rows time
+train_ae.Run.step and what the scripts do around it, all but the loading. FLOP/s are of forward and backward
+passes, a multiply and an add two; their share is of the rate of square matrix products in the same
+arithmetic. Weights are random.
 """
 
 import argparse
@@ -72,9 +73,9 @@ def seconds(function, repeat=1):
 
 
 def measure(name, rounds, ours, per=(1, "s"), peer=None, flops=None, note="", **how):
-    """A line of the table. per: units of a call, their name; peer: name, function; flops: of a call, arithmetic.
+    """A line of the table. per: units of a call, their name; peer: name, function; flops: number, arithmetic.
 
-    how: warm_up, calls before; clock, what times a call; check, to be called at the end; training, or not.
+    how: warm_up, calls before; clock, what times a call; check, called at the end; training, or not.
     """
     functions, repeats, clock = [ours, *([peer[1]] if peer else [])], [], how.get("clock", seconds)
     for function in functions:
@@ -93,9 +94,8 @@ def measure(name, rounds, ours, per=(1, "s"), peer=None, flops=None, note="", **
     if flops:
         line |= {"flops": flops[0] / medians[0], "arithmetic": flops[1]}
     if "training" in how:
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         line["peak_bytes"] = torch.cuda.max_memory_allocated() if CUDA else resident
     return line
 
@@ -150,10 +150,8 @@ def training(make, batch, ema=False, without=None):
     average = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     optimizers = []
     for net in nets:
-        groups = [
-            [p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == wide] for wide in (0, 1)
-        ]
-        groups = [{"params": group} for group in groups]
+        trained = [p for p in net.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if (p.ndim > 1) == matrix]} for matrix in (True, False)]
         optimizers.append(torch.optim.AdamW(groups, 1e-4, (0.9, 0.95), weight_decay=0, fused=True))
     args = argparse.Namespace(device=DEVICE, out=str(folder()), batch=batch, grad_clip=math.inf)
     args.log_every = args.ckpt_every = args.steps = 10**9
@@ -247,9 +245,8 @@ def autoencoder_training(name):
         return nets, compiled, gradients
 
     batch = (8 if adversarial else 16384 // size) if CUDA else (1 if adversarial else 1024 // size)
-    return training(
-        make, batch, without=("without LPIPS", {"perceptual": None}) if lpips and not adversarial else None
-    )
+    peer = ("without LPIPS", {"perceptual": None}) if lpips and not adversarial else None
+    return training(make, batch, without=peer)
 
 
 # ---- What does not train ----
@@ -273,16 +270,9 @@ def codec(name):
         theirs.load_state_dict(net.state_dict())
         theirs = theirs.eval().requires_grad_(False).to(DEVICE)
         call = lambda: theirs.encode(inputs).latent_dist.mean if encode else theirs.decode(inputs).sample
-        torch.testing.assert_close(
-            call(), net.encode(inputs).mean if encode else net.decode(inputs), rtol=0.01, atol=0.01
-        )
         peer = version("diffusers"), precision(call)
-    how = {
-        "per": (batch, "images/s"),
-        "flops": (flops, AUTOCAST if encode else TF32),
-        "note": f"batch {batch}",
-    }
-    return {"ours": ours, "peer": peer, **how}
+    flops, note = (flops, AUTOCAST if encode else TF32), f"batch {batch}"
+    return dict(ours=ours, peer=peer, per=(batch, "images/s"), flops=flops, note=note)
 
 
 @rows("DiT-B/1 sampling, guided")
@@ -298,12 +288,8 @@ def sampling(name):
     flops = batch * done * 1e9 * train_ae.gflops(net, noise[:1], torch.zeros(1), y[:1])
     net, y, noise = net.to(DEVICE), y.to(DEVICE), noise.to(DEVICE)
     per = batch * done / (sum(evaluated) - done), "images/s of 250 steps"
-    return {
-        "ours": lambda: dit.sample(net, noise, y, steps),
-        "per": per,
-        "flops": (flops, TF32),
-        "note": f"batch {batch}",
-    }
+    ours = lambda: dit.sample(net, noise, y, steps)
+    return dict(ours=ours, per=per, flops=(flops, TF32), note=f"batch {batch}")
 
 
 @rows("loading of JPEGs")
@@ -329,17 +315,11 @@ def image_loading(name):
     load = lambda file: transform(Image.open(file).convert("RGB"))
     ours = lambda: batches[[(i, 0, False) for i in range(64)]][0]
     theirs = lambda: torch.stack([load(file) for file in images.files])
-    same = [
-        torch.manual_seed(train_ae.seed_of(0, 0, i)) and load(file) for i, file in enumerate(images.files)
-    ]
+    seeds = [train_ae.seed_of(0, 0, i) for i in range(64)]  # as train_ae.augment's
+    same = [torch.manual_seed(seed) and load(file) for seed, file in zip(seeds, images.files)]
     assert (ours() / 255 - torch.stack(same)).abs().max() <= 1 / 255 and torch.get_num_threads() == 1
-    note = f"500 x 375 of {size:.0f} kB, to 256"
-    return {
-        "ours": ours,
-        "peer": (version("torchvision"), theirs),
-        "per": (64, "images/s a core"),
-        "note": note,
-    }
+    peer, note = (version("torchvision"), theirs), f"500 x 375 of {size:.0f} kB, to 256"
+    return dict(ours=ours, peer=peer, per=(64, "images/s a core"), note=note)
 
 
 @rows("latent cache")
@@ -362,31 +342,20 @@ def inception(name):
     torch.save(net.state_dict(), file)
     net = net.fuse().to(DEVICE)
     x = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
-    module = {"pytorch-fid": "pytorch_fid.inception"}.get(
-        package, "torch_fidelity.feature_extractor_inceptionv3"
-    )
-    if theirs := installed(module):
-        if package == "pytorch-fid":
-            theirs.load_state_dict_from_url = lambda *args, **kwargs: torch.load(file, weights_only=True)
-            model = theirs.InceptionV3([3]).eval().to(DEVICE)
-            call = lambda: model(x.float() / 255)[0].flatten(1)
-        else:
-            which = "inception-v3-compat", ["2048"]
-            model = theirs.FeatureExtractorInceptionV3(*which, feature_extractor_weights_path=str(file)).to(
-                DEVICE
-            )
-            call = lambda: model(x)[0]
+    if package == "pytorch-fid" and (theirs := installed("pytorch_fid.inception")):
+        theirs.load_state_dict_from_url = lambda *args, **kwargs: torch.load(file, weights_only=True)
+        model = theirs.InceptionV3([3]).eval().to(DEVICE)
+        peer = lambda: model(x.float() / 255)[0].flatten(1)
+    if package == "torch-fidelity" and (theirs := installed("torch_fidelity.feature_extractor_inceptionv3")):
+        how = {"feature_extractor_weights_path": str(file)}
+        model = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], **how).to(DEVICE)
+        peer = lambda: model(x)[0]
+    if peer:
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        peer = version(package), torch.no_grad()(exact(call))
+        peer = version(package), torch.no_grad()(exact(peer))
         torch.testing.assert_close(net(x)[0], peer[1](), rtol=1e-3, atol=1e-3)
-    flops = batch * counted(lambda: net(x[:1])), "float32"
-    return {
-        "ours": lambda: net(x),
-        "peer": peer,
-        "per": (batch, "images/s"),
-        "flops": flops,
-        "note": f"batch {batch}",
-    }
+    flops, note = (batch * counted(lambda: net(x[:1])), "float32"), f"batch {batch}"
+    return dict(ours=lambda: net(x), peer=peer, per=(batch, "images/s"), flops=flops, note=note)
 
 
 @rows("Frechet distance, 2,048 dimensions")
@@ -482,11 +451,8 @@ def in_child(name, rounds=1):
 def machine():
     info = Path("/proc/cpuinfo")
     names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
-    name = (
-        torch.cuda.get_device_name()
-        if CUDA
-        else f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores"
-    )
+    cpu = f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name() if CUDA else cpu
     return f"{name}; {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
@@ -504,7 +470,7 @@ def print_line(line, rates):
     if "flops" in line:
         kind = line["arithmetic"]
         rates[kind] = rates.get(kind) or in_child(f"products {kind}")
-        line["share"] = line["flops"] / rates[kind]
+        line["share"] = line["flops"] / (rates[kind] or math.nan)
         cells[4:6] = f"{line['flops'] / 1e12:.3g}", f"{line['share']:.0%} of {kind}"
     if "peak_bytes" in line:
         cells[6] = f"{line['peak_bytes'] / 2**30:.2f} GiB"
@@ -525,12 +491,8 @@ def main():
         result = json.dumps(run_row(args.row, args.rounds), indent=1)
         return Path(args.json).write_text(result) if args.json else print(result)
 
-    print(
-        machine()
-        + "\n\n| work | ours | peer | ratio | TFLOP/s | share of products | peak memory |\n"
-        + "|---" * 7
-        + "|"
-    )
+    print(machine() + "\n\n| work | ours | peer | ratio | TFLOP/s | share of products | peak memory |")
+    print("|---" * 7 + "|", flush=True)
     table, rates, failed = [], {}, []
     for name in ROWS:
         if not any(word.lower() in name.lower() for word in args.only) or name == "demo" and not args.demo:
@@ -544,7 +506,10 @@ def main():
             table.append(line)
         if "training" in name and not CUDA:
             print(f"| {name}{GPU_MODE} | not measured: no GPU" + " | -" * 5 + " |")
-    print("\nProducts: " + ", ".join(f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in rates.items()))
+    print(
+        "\nProducts: "
+        + ", ".join(f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in rates.items() if rate)
+    )
     print("Ratio: the peer's time over ours; above 1 ours is the faster.")
     if args.json:
         whole = {"machine": machine(), "products": rates, "rows": table, "failed": failed}
