@@ -37,6 +37,13 @@ def start(processes, script, *flags):
     return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
+def ends_well(process, seconds=300):
+    """Its output."""
+    stdout, stderr = process.communicate(timeout=seconds)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
 def wait_for(out, lines, process):
     """Until that many steps are logged, or the run is over: whether they are."""
     log, deadline = Path(out) / "log.jsonl", time.time() + 120
@@ -93,7 +100,7 @@ def of_training(path):
 def killed_run(tmp_path, processes, script, flags, kills, seed):
     """A run that is killed at random steps and a run that is not, of 40 steps each: their folders."""
     whole = start(processes, script, "--out", tmp_path / "whole", *flags, "--steps", 40)
-    assert whole.wait(300) == 0, whole.communicate()
+    ends_well(whole)
     rng, killed = random.Random(seed), 0
     while killed < kills:
         flag = ["--resume"] if (tmp_path / "killed" / "ckpt.pt").exists() else []
@@ -107,7 +114,7 @@ def killed_run(tmp_path, processes, script, flags, kills, seed):
         process.communicate()
         killed += 1
     last = start(processes, script, "--out", tmp_path / "killed", *flags, "--steps", 40, "--resume")
-    assert last.wait(300) == 0, last.communicate()
+    ends_well(last)
     return tmp_path / "whole", tmp_path / "killed"
 
 
@@ -131,7 +138,7 @@ def test_a_run_goes_on_with_another_number_of_processes_to_rounding(tmp_path):
     run(train_ae, "--out", tmp_path / "whole", *flags, "--steps", 6)
     run(train_ae, "--out", tmp_path / "cut", *flags, "--steps", 3)
     process = start(2, "train_ae.py", "--out", tmp_path / "cut", "--resume", "--steps", 6)
-    assert process.wait(120) == 0, process.communicate()
+    ends_well(process)
     assert 0 <= difference(tmp_path / "whole", tmp_path / "cut") < 1e-5
     assert [line["step"] for line in losses(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
 
@@ -225,8 +232,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_pat
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     scripts = [pid for pid in children if script in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(int(scripts[-1]), signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    stdout = ends_well(process, 60)
     assert stdout.count("stopped by a signal") == 1 and "torchrun --nproc_per_node=2" in stdout
     assert read(tmp_path / "ckpt.pt")["step"] == log_of(tmp_path)[-1]["step"]
 
@@ -309,7 +315,7 @@ train_ae.main()
 """)
     flags = ("--out", tmp_path / "out", *TINY_VIT, *SMALL, "--ckpt_every", 1)
     process = start(2, driver, *flags, "--steps", 3)
-    assert process.wait(120) == 0, process.communicate()
+    ends_well(process)
     out = tmp_path / "out"
     assert same(read(out / "ckpt.previous.pt")["model"], read(out / "ckpt.pt")["model"])
     assert [line["skipped"] for line in log_of(out)] == [0, 0, 1]
