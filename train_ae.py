@@ -657,7 +657,7 @@ def evaluate(args):
         net = or_exit(ae.load, path).to(args.device)
         args.image_size = getattr(net, "image_size", image_size)   # a ViT has its own
         quality, std = judge(net, args, images, masks, lpips, inception, rank, world)
-        x, name = preview_images(images, args), Path(path).absolute().parent.name
+        x, name = preview_images(images, args), Path(os.path.abspath(path)).parent.name
         columns = [ae.to_uint8(image) for image in [x, *perturbed(net, x, std, args, range(len(x)))]]
         if rank == 0:
             ae.save_grid(os.path.join(args.out, f"{name}.png"), np.stack(columns, 1), [""] * len(x),

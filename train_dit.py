@@ -34,8 +34,7 @@ FLAGS = {
     "run": [
         *RUN,
         ("ae", place, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
-        ("cache", place, "{out}/latents", None, "folder for all images' moments, in 16 bit; none: encode on "
-         "the fly"),
+        ("cache", place, "{out}/latents", None, "folder for all images' moments; none: encode on the fly"),
         ("out", place, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
         ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
     ],
@@ -226,9 +225,9 @@ def main():
         introduce(args, images, world, net, torch.zeros(1, *args.latent_shape), torch.zeros(1),
                   torch.zeros(1, dtype=torch.long))
 
-    start, slices = run.done, micro_batches(args, rank, world)
-    batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
-    for step in range(start, args.steps):
+    batches = load_batches(dataset, training_keys(args, n, rank, world, run.done), args)
+    first, slices = run.done, micro_batches(args, rank, world)
+    for step in range(first, args.steps):
         # the global batch's random numbers, of which each micro-batch takes its rows
         draw = generator(args.device, args.seed, step)
         shape = (args.batch, *args.latent_shape)
@@ -241,7 +240,7 @@ def main():
             x, y = next(batches)
             x1 = (encode(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
             y = torch.where(dropped[rows], num_classes, y)   # the null class
-            if rank == 0 and step == start and rows == slices[0]:
+            if rank == 0 and step == first and rows == slices[0]:
                 print(f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
             model.require_backward_grad_sync = rows == slices[-1]   # gradients travel once a step
             with autocast():
