@@ -510,8 +510,7 @@ def schedule(args, step, warmup):
 def preview_images(images, args):
     """Ten images for pictures (10, 3, S, S), spread over all."""
     dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, False))
-    x, _ = next(load_batches(dataset, [[(i * len(images) // 10, 0, False) for i in range(10)]], args))
-    return x
+    return next(load_batches(dataset, [[(i * len(images) // 10, 0, False) for i in range(10)]], args))[0]
 
 @torch.no_grad()
 def draw_reconstructions(net, x, args):
