@@ -22,13 +22,13 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
+from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import RandomResizedCrop
 
@@ -46,86 +46,81 @@ def number(low, high=math.inf, kind=float, **more):
     check.__name__ = kind.__name__   # for argparse's own message
     return {"type": check, "metavar": kind.__name__.upper(), **more}
 
-def one_of(*names):
-    return {"choices": names}
-
+one_of = lambda *names: {"choices": names}
 count, natural = number(1, kind=int), number(0, kind=int)
 share, positive, weight = number(0, 1), number(1e-9), number(0)
 betas = number(0, 1, nargs=2)
 switch = number(0, 1, int, nargs="?", const=1)
 on, place = {"action": "store_true"}, {"metavar": "PATH"}
 
-# A flag a line: name, kind, default without --data (demo), default with --data (paper), help. A dict holds
-# defaults by model, "tune" with --tune_decoder, "*" else. Sources: S supplement, R authors' release, V VQGAN
-# and latent diffusion, O our choice.
+# A flag a line: name, kind, default without --data (demo), with --data (paper) if that is another, help. A
+# dict holds defaults by autoencoder or family, "tune" with --tune_decoder, "*" else. Sources: S supplement,
+# R authors' release, V VQGAN and latent diffusion, O our choice.
 RUN = [   # of both training scripts
-    ("data", place, None, None, "folder of images, sub-folders are classes; none: the demo's digits"),
-    ("resume", on, False, False, "go on from --out's checkpoint, with its settings"),
-    ("seed", natural, 0, 0, "of everything random"),
-    ("device", {"metavar": "NAME"}, None, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
-    ("dtype", one_of("float32", "bfloat16"), None, None, "of matrix products; default: bfloat16 on cuda"),
-    ("compile", switch, None, None, "1 or 0, torch.compile; default: 1 on cuda"),
+    ("data", place, None, "folder of images, sub-folders are classes; none: the demo's digits"),
+    ("resume", on, False, "go on from --out's checkpoint, with its settings"),
+    ("seed", natural, 0, "of everything random"),
+    ("device", {"metavar": "NAME"}, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
+    ("dtype", one_of("float32", "bfloat16"), None, "of matrix products; default: bfloat16 on cuda"),
+    ("compile", switch, None, "1 or 0, torch.compile; default: 1 on cuda"),
     ("workers", natural, 0, min(8, os.cpu_count()), "processes a rank that load images or latents"),
-    ("log_every", count, 50, 50, "steps between log lines"),
+    ("log_every", count, 50, "steps between log lines"),
 ]
-CLIP = ("grad_clip", positive, math.inf, math.inf, "longest gradient, longer ones are scaled; S: none")
+BATCH = "images an optimiser step, over all processes, S"
+MICRO_BATCH = "images a process at once, the rest is gradient accumulation; if not given, at most this, O"
+CLIP = ("grad_clip", positive, math.inf, "longest gradient, longer ones are scaled; S: none")
 FLAGS = {
     "run": [
         *RUN,
         ("out", place, "out/demo/{model}", "out/{model}", "folder for checkpoint, log and pictures"),
-        ("init", place, None, None, "checkpoint to start the weights from, of any image size"),
+        ("init", place, None, "checkpoint to start the weights from, of any image size"),
         ("ckpt_every", count, 200, 1000, "steps between checkpoints and pictures"),
     ],
     "model": [
-        ("model", one_of(*ae.MODELS), "vmae", "vmae", "which autoencoder"),
-        ("image_size", count, 32, {"*": 256, "mae": 128, "vmae": 128, "tune": 256}, "pixels; ViT R, conv O"),
-        ("latent_dim", count, {"*": 16, "mae": 8, "vmae": 8}, 16, "channels of the latent, R"),
+        ("model", one_of(*ae.MODELS), "vmae", "which autoencoder"),
+        ("image_size", count, 32, {"conv": 256, "vit": 128, "tune": 256}, "pixels; ViT R, conv O"),
+        ("latent_dim", count, {"conv": 16, "vit": 8}, 16, "channels of the latent, R"),
         ("channels", {**count, "nargs": "+"}, [32, 32, 64, 64], [128, 256, 512, 512], "conv: widths, R"),
-        ("patch_size", count, 8, 8, "ViT: pixels a side of a token, R"),
+        ("patch_size", count, 8, "ViT: pixels a side of a token, R"),
         ("hidden_size", count, 96, 192, "ViT: width, S"),
         ("depth", count, 3, 12, "ViT: encoder layers, S"),
         ("decoder_depth", count, 3, 12, "ViT: decoder layers, S"),
         ("num_heads", count, 4, 12, "ViT: heads, R"),
     ],
     "objective (visible, masked, kl, lpips, disc_weight are weights of terms)": [
-        ("tune_decoder", on, False, False, "vmae's last stage: encoder frozen, no mask, MSE + LPIPS, R"),
-        ("mask_ratio", share, 0.6, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
-        ("recon", one_of("mse", "l1"), "mse", "mse", "conv: reconstruction, eq. 3's or V's"),
-        ("noise_std", weight, 0.1, 0.1, "dae: std of the corruption, O"),
-        ("visible", weight, 0.5, 0.5, "vmae: MSE of visible patches, R"),
-        ("masked", weight, {"*": 0.5, "mae": 1.0}, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
-        ("kl", weight, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6},
-         "KL: sdvae V rescaled, vae O, vmae R"),
-        ("prior_std", positive, 1.0, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
-        ("lpips", weight, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5, "tune": 10.0},
-         "LPIPS: sdvae V, vmae R, demo without"),
-        ("disc_weight", weight, 0.5, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
+        ("tune_decoder", on, False, "vmae's last stage: encoder frozen, no mask, MSE + LPIPS, R"),
+        ("mask_ratio", share, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
+        ("recon", one_of("mse", "l1"), "mse", "conv: reconstruction, eq. 3's or V's"),
+        ("noise_std", weight, 0.1, "dae: std of the corruption, O"),
+        ("visible", weight, 0.5, "vmae: MSE of visible patches, R"),
+        ("masked", weight, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
+        ("kl", weight, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, "KL: sdvae V rescaled, vae O, vmae R"),
+        ("prior_std", positive, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
+        ("lpips", weight, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5, "tune": 10.0}, "LPIPS: sdvae V, vmae R"),
+        ("disc_weight", weight, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
         ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
-        ("disc_loss", one_of("hinge", "vanilla"), "hinge", "hinge", "sdvae: V's or eq. 6's"),
+        ("disc_loss", one_of("hinge", "vanilla"), "hinge", "sdvae: V's or eq. 6's"),
     ],
     "optimisation": [
-        ("epochs", positive, {"*": 4, "mae": 10, "vmae": 10}, {"*": 20, "mae": 400, "vmae": 400, "tune": 10},
-         "ViT R, conv O"),
-        ("steps", count, None, None, "optimiser steps; default: from --epochs"),
-        ("warmup", weight, 1, {"*": 1, "mae": 10, "vmae": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
+        ("epochs", positive, {"conv": 4, "vit": 10}, {"conv": 20, "vit": 400, "tune": 10}, "ViT R, conv O"),
+        ("steps", count, None, "optimiser steps; default: from --epochs"),
+        ("warmup", weight, 1, {"conv": 1, "vit": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
         ("schedule", one_of("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "R, O"),
-        ("batch", count, {"*": 32, "mae": 64, "vmae": 64}, {"*": 2048, "sdvae": 256},
-         "images an optimiser step, over all processes, S"),
-        ("micro_batch", count, 64, {"*": 16, "sdvae": 8, "mae": 128, "vmae": 128, "tune": 32},
-         "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
-        ("base_lr", weight, {"*": 8e-3, "mae": 4e-3, "vmae": 4e-3},
-         {"*": 1e-5, "mae": 1e-4, "vmae": 1e-4, "tune": 1e-5}, "learning rate at batch 256, S, tune R"),
-        ("lr", weight, None, None, "learning rate; default: base_lr * batch / 256"),
+        ("batch", count, {"conv": 32, "vit": 64}, {"*": 2048, "sdvae": 256}, BATCH),
+        ("micro_batch", count, 64, {"conv": 16, "sdvae": 8, "vit": 128, "tune": 32}, MICRO_BATCH),
+        ("base_lr", weight, {"conv": 8e-3, "vit": 4e-3}, {"conv": 1e-5, "vit": 1e-4, "tune": 1e-5},
+         "learning rate at batch 256, S, tune R"),
+        ("lr", weight, None, "learning rate; default: base_lr * batch / 256"),
         ("betas", betas, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, O"),
         CLIP,
-        ("weight_decay", weight, 0.0, {"*": 0.0, "mae": 0.05, "vmae": 0.05}, "AdamW; sdvae V, ViT R, else O"),
+        ("weight_decay", weight, 0.0, {"conv": 0.0, "vit": 0.05}, "AdamW; sdvae V, ViT R, else O"),
     ],
     "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
-        ("eval", on, False, False, "instead of training: a table, eval.json and a picture each"),
-        ("ckpt", {**place, "nargs": "+"}, None, None, "of ours, the authors' VMAE or diffusers' VAE"),
-        ("masks", place, None, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
-        ("inception", place, None, None, "file of Inception's weights, for rFID; default: downloaded once"),
-        ("half_pixel", switch, 1, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
+        ("eval", on, False, "instead of training: a table, eval.json and a picture each"),
+        ("ckpt", {**place, "nargs": "+"}, None, "of ours, the authors' VMAE or diffusers' VAE"),
+        ("masks", place, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
+        ("inception", place, None, "file of Inception's weights, for rFID; default: downloaded once"),
+        ("half_pixel", switch, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
     ],
 }
 CONV = ("channels", "latent_dim", "recon")
@@ -139,43 +134,39 @@ def flags_of(model):
     disc = {"disc_weight", "disc_start", "disc_loss"} if model == "sdvae" else set()
     return {*ARGUMENTS[model], *ae.MODELS[model].weights, *disc} - {"image_size"}
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)   # end a training run after its step
-
 # ---- Settings, shared with train_dit.py ----
-
+SIGNALS = (signal.SIGTERM, signal.SIGINT)   # end a training run after its step
 FREE_ON_RESUME = {"data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers",
                   "steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every"}   # or not
 
 def parse_args(doc, flags, kind):
-    """(args, checkpoint to resume or None). A flag not given is the resumed run's, else the table's default.
-
-    kind: of the checkpoints that this script resumes.
-    """
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
+    """(args, checkpoint of this kind to resume or None). A flag not given is the run's, else the default."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=formatter, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        usage="%(prog)s [flags]", epilog="Sources of defaults: S supplement, R the authors' release and "
-        "LightningDiT, V VQGAN and latent\ndiffusion, O our choice. demo: without --data, paper: with it.")
+        description=doc, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100),
+        argument_default=argparse.SUPPRESS, allow_abbrev=False, usage="%(prog)s [flags]",
+        epilog="Sources of defaults: S supplement, R the authors' release and LightningDiT, V VQGAN and\n"
+        "latent diffusion, O our choice. demo: without --data, paper: with it.")
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    for title in flags:
+    for title, rows in flags.items():
         group = parser.add_argument_group(title)
-        for name, how, demo, paper, text in flags[title]:
-            shown = [", ".join(f"{model} {x}".removeprefix("* ") for model, x in value.items())
-                     if isinstance(value, dict) else value for value in (demo, paper)]
-            if demo != paper:
+        for name, how, *values, text in rows:
+            shown = [", ".join(f"{key} {x}".removeprefix("* ") for key, x in value.items())
+                     if isinstance(value, dict) else value for value in values]
+            if len(values) == 2:
                 text += f" (demo: {shown[0]}; paper: {shown[1]})"
-            elif demo is not None and demo is not False:
+            elif values != [None] and how is not on:
                 text += f" (default: {shown[0]})"
             group.add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
 
-    args = {name: paper if "data" in given else demo for rows in flags.values()
-            for name, _, demo, paper, _ in rows} | given
+    column = -1 if "data" in given else 0
+    args = {name: values[column] for rows in flags.values() for name, _, *values, _ in rows} | given
     model = args["model"]
-    column = "tune" if "tune_decoder" in given else model
+    family = "vit" if model in ("mae", "vmae") else "conv"
+    keys = ["tune" if "tune_decoder" in given else model, model, family, "*"]
     for name, value in args.items():
         if isinstance(value, dict):
-            args[name] = value.get(column, value.get(model, value["*"]))
+            args[name] = next(value[key] for key in keys if key in value)
         elif isinstance(value, str) and name not in given:   # of defaults that name a folder
             args[name] = value.format(model=model, out=args["out"])
     if "eval" in given and "out" not in given:
@@ -194,14 +185,14 @@ def parse_args(doc, flags, kind):
         for name, value in paths.items():
             if saved[name] and not value:   # no path that a file names is opened
                 sys.exit(f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again")
-        args = {**args, **saved, **given, **paths}
+        args |= {**saved, **given, **paths}
     elif (os.path.exists(path) or os.path.exists(previous(path))) and "eval" not in given:
         sys.exit(f"{path} exists: go on with --resume, or choose another --out")
     return argparse.Namespace(**args, given=set(given)), ckpt
 
 def settings(args):
     """What a checkpoint keeps of the flags: plain values by name."""
-    passing = ("given", "resume", "device", "autocast", "compiled")
+    passing = {"given", "resume", "device", "autocast", "compiled"}
     return {name: value for name, value in vars(args).items() if name not in passing}
 
 def setup(args):
@@ -211,7 +202,7 @@ def setup(args):
         print("paper settings" if args.data else "demo settings, for want of --data", flush=True)
     args.device = choose_device(args.device)
     cuda = args.device != "cpu"
-    args.autocast = (args.dtype or ("bfloat16" if cuda else "float32")) == "bfloat16"
+    args.autocast = cuda if args.dtype is None else args.dtype == "bfloat16"
     args.compiled = bool(cuda if args.compile is None else args.compile)
     if args.batch % world:
         sys.exit(f"--batch {args.batch} does not divide over {world} processes")
@@ -221,8 +212,7 @@ def setup(args):
     args.micro_batch = max(m for m in range(1, min(args.micro_batch, part) + 1) if part % m == 0)
     or_exit(os.makedirs, args.out, exist_ok=True)
     if world > 1:   # the others wait while rank 0 draws pictures, or one fills the cache's last shard
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=6))
     return rank, world
 
 def introduce(args, images, world, net, *inputs):
@@ -262,14 +252,26 @@ def read_latest(path):
         print(f"warning: {error}; going on from the one before, {previous(path)}", file=sys.stderr)
         return ae.read_checkpoint(previous(path))
 
+def finished(args, ckpt, images):
+    """Whether the run to resume has no steps left, which it says. The images must be the same."""
+    n = len(images)
+    if (ckpt["images"], ckpt.get("class_names", images.classes)) != (n, images.classes):
+        sys.exit(f"--resume: the run had {ckpt['images']} images, --data holds {n}, or other classes")
+    if ckpt["step"] >= args.steps:
+        print(f"{args.out} is finished, at step {ckpt['step']}")
+    return ckpt["step"] >= args.steps
+
 class Run:
     """The bookkeeping of a training run: its log, its checkpoints, and what may happen on the way.
 
     A step with a loss or a gradient that is not finite changes nothing, 20 of them in a row end the run;
     SIGTERM and SIGINT end it after the step, saved. Only a step that is logged or saved waits for the device.
+    parts: modules and optimisers by their names in checkpoints; those of ckpt, if there is one, go on.
     """
-    def __init__(self, args, rank, world, ckpt):
-        self.args, self.rank, self.world = args, rank, world
+    def __init__(self, args, rank, world, ckpt, **parts):
+        self.args, self.rank, self.world, self.parts = args, rank, world, parts
+        for name in parts if ckpt else ():
+            parts[name].load_state_dict(ckpt[name])
         self.done = ckpt["step"] if ckpt else 0   # steps
         self.skipped = torch.tensor(ckpt["skipped"] if ckpt else 0.0, device=args.device)   # of these
         self.in_row = torch.zeros((), device=args.device)              # skipped ones, up to now
@@ -279,22 +281,18 @@ class Run:
             signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.log = os.path.join(args.out, "log.jsonl")
         if rank == 0 and os.path.exists(self.log):   # what follows the checkpoint comes again
-            with open(self.log) as old, ae.whole_file(self.log) as new:
-                for line in old:
-                    if line.endswith("\n") and json.loads(line)["step"] <= self.done:   # not torn, not later
-                        new.write(line.encode())
+            with open(self.log, "rb") as old, ae.whole_file(self.log) as new:
+                new.writelines(line for line in old   # not torn, not later
+                               if line.endswith(b"\n") and json.loads(line)["step"] <= self.done)
         self.clock = time.time(), self.done
     def step(self, terms, optimizers, lr):
-        """An optimiser step and, if it is due, its log line. terms: detached scalars, of this process.
-
-        Returns 1.0, or 0.0 for a step that was skipped, as a tensor on the device.
-        """
+        """An optimiser step, logged if due -> 1.0, or 0.0 if skipped. terms: detached, of this process."""
         norms = []
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
+            groups = optimizer.param_groups
+            for group in groups:
                 group["lr"] = lr
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            grads = [p.grad for p in parameters if p.grad is not None]
+            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             norms.append(torch.stack(torch._foreach_norm(grads)).norm())
             if self.args.grad_clip < math.inf:
                 torch._foreach_mul_(grads, (self.args.grad_clip / norms[-1]).clamp(max=1))
@@ -340,10 +338,13 @@ class Run:
             sys.exit("20 steps in a row had a loss or a gradient that is not finite and were skipped: go on "
                      "from the last checkpoint with --resume and a smaller --lr or --grad_clip 1")
         return self.ending or self.done % self.args.ckpt_every == 0 or self.done == self.args.steps
-    def save(self, ckpt, draw):
-        """ckpt.pt, whole or not at all, the one before as ckpt.previous.pt; then the picture, by draw()."""
+    def save(self, draw, **ckpt):
+        """ckpt and the parts as ckpt.pt, the one before as ckpt.previous.pt; then the picture, by draw()."""
+        if self.rank > 0:
+            return
         path = os.path.join(self.args.out, "ckpt.pt")
-        ckpt = {**ckpt, "step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
+        ckpt |= {name: part.state_dict() for name, part in self.parts.items()}
+        ckpt |= {"step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
         try:
             with ae.whole_file(path + ".new") as file:
                 torch.save(ckpt, file)
@@ -373,15 +374,10 @@ class Run:
             print(f"wrote {self.args.out}/ckpt.pt and {self.args.out}/{picture}")
 
 # ---- Images, shared with train_dit.py ----
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # Pillow's on bad files
 
 class Images:
-    """RGB images by index, with .labels and .classes: the digits of the demo, or the files of a folder.
-
-    Sub-folders are classes, whatever lies deeper in them; a flat folder is one class.
-    """
+    """RGB images by index, with .labels and .classes: the demo's digits, or a folder's files."""
     def __init__(self, folder=None, held_out=False):
         self.digits = folder is None
         if self.digits:   # 50 x 100 tiles, 500 in order for each digit; the last 50 of each are held out
@@ -396,8 +392,8 @@ class Images:
             sys.exit(f"--data {folder}: there is no such folder")
         self.files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
                             for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        tops = [os.path.relpath(file, folder).split(os.sep)[:-1] for file in self.files]
-        tops = [parts[0] if parts else "" for parts in tops]
+        # sub-folders are classes, whatever lies deeper in them; a flat folder is one class, ""
+        tops = [os.path.dirname(os.path.relpath(file, folder)).split(os.sep)[0] for file in self.files]
         self.classes, self.labels = np.unique(tops, return_inverse=True)
         self.classes = self.classes.tolist()
         if not self.files:
@@ -417,9 +413,6 @@ class Images:
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")
 
-def stem(file):
-    return os.path.splitext(os.path.basename(file))[0]
-
 def center_crop(image, size):
     """ADM's: halve with BOX while that leaves at least `size`, BICUBIC to a shorter side of `size`, crop."""
     while min(image.size) >= 2 * size:
@@ -430,10 +423,8 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def augment(size, seed, photographs, image, index, epoch, flip):
-    """The transform of Batches: random-resized crop of scale (0.75, 1), BICUBIC, and a flip half of the time,
-    by (seed, epoch, index); digits as they are.
-    """
-    if not photographs:
+    """The transform of Batches: random-resized crop, and a flip half of the time, by (seed, epoch, index)."""
+    if not photographs:   # digits, pictures for a look
         return center_crop(image, size)
     torch.default_generator.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from it
     top, left, height, width = RandomResizedCrop.get_params(image, (0.75, 1.0), (3 / 4, 4 / 3))
@@ -452,14 +443,14 @@ class Batches(torch.utils.data.Dataset):
         pixels, labels, bad = [], [], set()
         for index, *key in keys:
             image = None
-            while image is None and len(bad) <= self.limit:
+            while image is None:
                 try:
                     image = self.images[index]
-                except UNREADABLE:
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):   # Pillow's
                     bad.add(index)
+                    if len(bad) > self.limit:
+                        return 0, 0, sorted(bad)
                     index = (index + 1) % len(self.images)
-            if image is None:
-                return 0, 0, sorted(bad)
             pixels.append(np.asarray(self.transform(image, index, *key)))
             labels.append(self.images.labels[index])
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), sorted(bad)
@@ -482,13 +473,18 @@ def load_batches(dataset, keys, args):
             if len(bad) > dataset.limit:
                 sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than "
                          f"{dataset.limit / len(dataset.images):.0%}: remove them")
-            x = x.to(args.device, non_blocking=True)
-            x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-            yield x, y.to(args.device, non_blocking=True)
+            x, y = (part.to(args.device, non_blocking=True) for part in (x, y))
+            yield x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, y
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             sys.exit(f"a process that loads images died, for want of memory? Try fewer --workers. {error}")
         raise
+
+def micro_batches(args, rank, world):
+    """This process's part of every global batch, as slices of it, a micro-batch each."""
+    part = args.batch // world
+    starts = range(rank * part, (rank + 1) * part, args.micro_batch)
+    return [slice(start, start + args.micro_batch) for start in starts]
 
 def training_keys(args, n, rank, world, start):
     """(index, epoch, flip) of each image, micro-batch by micro-batch: this rank's part of every global batch.
@@ -496,15 +492,13 @@ def training_keys(args, n, rank, world, start):
     The epochs' orders, by (seed, epoch), stand one behind the other; a step takes the next `batch` images.
     """
     order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(n))
-    part = args.batch // world
     for step in range(start, args.steps):
         flips = torch.rand(args.batch, generator=generator("cpu", args.seed, step, 1)) < 0.5
-        for row in range(rank * part, (rank + 1) * part, args.micro_batch):
-            places = [step * args.batch + row + i for i in range(args.micro_batch)]
+        for rows in micro_batches(args, rank, world):
+            places = range(step * args.batch, (step + 1) * args.batch)[rows]
             yield [(int(order(p // n)[p % n]), p // n, bool(flips[p % args.batch])) for p in places]
 
 # ---- Training ----
-
 def schedule(args, step, warmup):
     """The learning rate of a step, the first is 0: warm-up from 0, then constant or half a cosine to 0."""
     if step < warmup:
@@ -516,31 +510,24 @@ def schedule(args, step, warmup):
 def preview_images(images, args):
     """Ten images for pictures (10, 3, S, S), spread over all."""
     dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, False))
-    x, _ = next(load_batches(dataset, [[(i * len(images) // 10, 0, False) for i in range(10)]], args))
-    return x
+    return next(load_batches(dataset, [[(i * len(images) // 10, 0, False) for i in range(10)]], args))[0]
 
 @torch.no_grad()
 def draw_reconstructions(net, x, args):
     """recon.png: originals, reconstructions; of a ViT also what training shows it, and its prediction."""
-    net.eval()
     rows = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if "mask_ratio" in ARGUMENTS[args.model]:
         draws = net.randomness(len(x), args.image_size, generator(args.device, args.seed))
         prediction, _, mask = net.masked_pass(x, **draws)
-        mask = mask.view(-1, 1, net.grid, net.grid)
-        mask = mask.repeat_interleave(net.patch_size, 2).repeat_interleave(net.patch_size, 3)
+        mask = F.interpolate(mask.view(-1, 1, net.grid, net.grid), scale_factor=net.patch_size)   # of pixels
         rows |= {"masked input": x * (1 - mask), "prediction": torch.where(mask > 0, prediction, x)}
     ae.save_grid(os.path.join(args.out, "recon.png"), [ae.to_uint8(row) for row in rows.values()], list(rows))
-    net.train()
 
 # ---- Evaluation ----
-
 EPS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)   # of noise on latents, in units of each channel's std
 
 def ssim(x, y, data_range=2.0):
-    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) -> (B,): Gaussian window of 11 pixels,
-    sigma 1.5, mean over channels and the positions where the window fits.
-    """
+    """Wang et al. 2004: images (B, 3, H, W) -> (B,), mean over channels and places; Gaussian, sigma 1.5."""
     window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5 ** 2))
     window = torch.outer(window, window)[None, None] / window.sum() ** 2
     x, y = (image.double().flatten(0, 1)[:, None] for image in (x, y))   # variances are small differences
@@ -554,29 +541,24 @@ def find_masks(folder):
     """Label images by their image's name: ADE20K's NAME.png, CelebAMask-HQ's 00012_hair.png for image 12."""
     masks = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.png"), recursive=True)):
-        number, _, part = stem(file).partition("_")
-        owner, part = (str(int(number)), part) if part and number.isdigit() else (stem(file), "")
+        name = Path(file).stem
+        number, _, part = name.partition("_")
+        owner, part = (str(int(number)), part) if part and number.isdigit() else (name, "")
         masks.setdefault(owner, []).append((file, part))
     return masks
 
 def segments(files, grid):
-    """(label, boolean mask (grid, grid)) of an image's label images, cropped like center_crop; 0 is no label.
-
-    The values of ADE20K's files are labels; of CelebAMask-HQ's the name is, and what is not 0 belongs to it.
-    """
+    """(label, boolean mask (grid, grid)) of an image's label images, cropped as it is; 0 is no label."""
     for file, part in files:
         with Image.open(file) as image:
             image = image.convert("L") if part else image
-            left, top = (image.width - min(image.size)) / 2, (image.height - min(image.size)) / 2
-            box = (left, top, image.width - left, image.height - top)
-            values = np.asarray(image.resize((grid, grid), Image.NEAREST, box))
+            values = np.asarray(ImageOps.fit(image, (grid, grid), Image.NEAREST))
         for value in np.unique(values[values > 0]):
-            yield part or int(value), values == value
+            yield part or int(value), values == value   # CelebAMask-HQ's name, ADE20K's value
 
 def power_sums(z):
     """z (C, n) -> (3, C): n, sum and sum of squares of each channel, float64."""
-    z = z.double()
-    return torch.stack([torch.ones_like(z), z, z.square()]).sum(2)
+    return torch.stack([z.double() ** power for power in range(3)]).sum(2)
 
 def compression(labels, sums, std):
     """sigma2 and rho of segments, a label in one image each: our reading, the supplement gives no formulas.
@@ -603,47 +585,46 @@ def perturbed(net, x, std, args, indices):
 def judge(net, args, images, masks, lpips, inception, rank, world):
     """What the table says of one autoencoder, as a dict, and the std of its latents' channels (C,)."""
     dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, False), tolerate=0)
-    keys = [[(i, 0, False) for i in range(start, min(start + args.micro_batch, len(images)))]
-            for start in range(rank * args.micro_batch, len(images), world * args.micro_batch)]
+    parts = [part.tolist() for part in torch.arange(len(images)).split(args.micro_batch)[rank::world]]
+    keys = [[(index, 0, False) for index in part] for part in parts]
 
-    moments = torch.zeros(3, net.latent_dim, dtype=torch.float64, device=args.device)
-    labels, sums = [], [torch.zeros(0, 3, net.latent_dim, dtype=torch.float64)]
-    for batch, (x, _) in zip(keys, load_batches(dataset, keys, args)):
-        for (index, _, _), z in zip(batch, or_exit(net.encode, x).mode()):
+    moments, found = torch.zeros(3, net.latent_dim, dtype=torch.float64, device=args.device), []
+    for part, (x, _) in zip(parts, load_batches(dataset, keys, args)):
+        for index, z in zip(part, or_exit(net.encode, x).mode()):
             moments += power_sums(z.flatten(1))
-            files = masks.get(stem(images.files[index]), []) if masks else []
+            files = masks.get(Path(images.files[index]).stem, []) if masks else []
             for label, mask in segments(files, z.shape[-1]):
-                labels.append(label)
-                sums.append(power_sums(z[:, torch.from_numpy(mask).to(z.device)]).cpu()[None])
+                found.append((label, power_sums(z[:, torch.from_numpy(mask).to(z.device)]).cpu()))
     n, total, squares = fid.all_reduce(moments)
     std = ((squares - total ** 2 / n) / (n - 1)).sqrt()
 
     to_bytes = lambda images: torch.from_numpy(ae.to_uint8(images)).permute(0, 3, 1, 2).to(args.device)
     tally = torch.zeros(len(EPS), 4, dtype=torch.float64, device=args.device)
-    real, fakes = fid.Statistics(2048, args.device), [fid.Statistics(2048, args.device) for _ in EPS]
-    for batch, (x, _) in zip(keys, load_batches(dataset, keys, args)):
-        original = to_bytes(x)
-        if inception:
-            real.update(inception(original)[0])
-        for k, x_hat in enumerate(perturbed(net, x, std, args, [index for index, _, _ in batch])):
+    # of the originals, then of the decodings for each of EPS
+    features = [fid.Statistics(2048, args.device) for _ in range(1 + len(EPS))] if inception else []
+    for part, (x, _) in zip(parts, load_batches(dataset, keys, args)):
+        original, decodings = to_bytes(x), perturbed(net, x, std, args, part)
+        for tally_eps, x_hat in zip(tally, decodings):
             l1 = (x_hat - x).abs().mean((1, 2, 3)) / 2
             mse = (to_bytes(x_hat).double() - original.double()).square().mean((1, 2, 3))
             psnr = 10 * torch.log10(255 ** 2 / mse.clamp(min=1e-10))
             distance = lpips(x_hat, x).flatten() if lpips else torch.full_like(l1, math.nan)
-            tally[k] += torch.stack([l1, psnr, ssim(x_hat, x), distance]).sum(1)
-            if inception:
-                fakes[k].update(inception(to_bytes(x_hat))[0])
+            tally_eps += torch.stack([l1, psnr, ssim(x_hat, x), distance]).sum(1)
+        for statistics, image in zip(features, [x, *decodings]):
+            statistics.update(inception(to_bytes(image))[0])
     l1, psnr, similarity, distance = (fid.all_reduce(tally) / len(images)).T.tolist()
-    of_real = real.finish() if inception else None
-    rfid = [fid.frechet_distance(*of_real, *fake.finish()) if inception else math.nan for fake in fakes]
+    rfid = [math.nan] * len(EPS)
+    if inception:
+        real, *fakes = [statistics.finish() for statistics in features]
+        rfid = [fid.frechet_distance(*real, *fake) for fake in fakes]
     row = {"L1": l1[0], "PSNR": psnr[0], "SSIM": similarity[0], "LPIPS": distance[0], "rFID": rfid[0],
            f"PSNR at eps {EPS[1:]}": psnr[1:], "LPIPS at them": distance[1:], "rFID at them": rfid[1:]}
     if masks:
-        parts = [(labels, torch.cat(sums))] * world
+        gathered = [found] * world
         if world > 1:
-            dist.all_gather_object(parts, parts[rank])
-        labels, sums = [label for part, _ in parts for label in part], torch.cat([part for _, part in parts])
-        row |= compression(labels, sums, std.cpu())
+            dist.all_gather_object(gathered, found)
+        labels, sums = zip(*sum(gathered, []))
+        row |= compression(labels, torch.stack(sums), std.cpu())
     return row, std
 
 @torch.no_grad()
@@ -659,7 +640,7 @@ def evaluate(args):
     args.batch = args.micro_batch * int(os.environ.get("WORLD_SIZE", 1))
     rank, world = setup(args)
     images, masks = Images(args.data, held_out=True), find_masks(args.masks) if args.masks else {}
-    if args.masks and (images.digits or not masks.keys() & set(map(stem, images.files))):
+    if args.masks and (images.digits or not any(Path(file).stem in masks for file in images.files)):
         sys.exit(f"--masks {args.masks} holds no NAME.png or 00012_hair.png for the images of --data")
     absent = []
     def if_there(measure, load, *flags):
@@ -675,8 +656,7 @@ def evaluate(args):
         net = or_exit(ae.load, path).to(args.device)
         args.image_size = getattr(net, "image_size", image_size)   # a ViT has its own
         quality, std = judge(net, args, images, masks, lpips, inception, rank, world)
-        x = preview_images(images, args)
-        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        x, name = preview_images(images, args), Path(os.path.abspath(path)).parent.name
         columns = [ae.to_uint8(image) for image in [x, *perturbed(net, x, std, args, range(len(x)))]]
         if rank == 0:
             ae.save_grid(os.path.join(args.out, f"{name}.png"), np.stack(columns, 1), [""] * len(x),
@@ -689,14 +669,13 @@ def evaluate(args):
         parameters = sum(p.numel() for p in net.parameters())
         rows.append({"autoencoder": name, "parameters": parameters, "MiB": parameters * 4 / 2 ** 20,
                      "GFLOPs encode": gflops(net, x[:1], method="encode"),
-                     "decode": gflops(net, z[:1], method="decode"),
-                     "images/s": speed, **quality})
+                     "decode": gflops(net, z[:1], method="decode"), "images/s": speed, **quality})
     if rank == 0:
         print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
         show = lambda v: "-" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v)
         for row in rows:
-            cells = [value if isinstance(value, list) else [value] for value in row.values()]
-            print("| " + " | ".join(", ".join(map(show, cell)) for cell in cells) + " |")
+            cells = [", ".join(map(show, v)) if isinstance(v, list) else show(v) for v in row.values()]
+            print("| " + " | ".join(cells) + " |")
         print("\n".join(absent))
         with open(os.path.join(args.out, "eval.json"), "w") as file:
             json.dump({"rows": rows, "not computed": absent}, file, indent=1)
@@ -712,15 +691,17 @@ def main():
     n = len(images)
     if args.steps is None:
         args.steps = max(1, round(args.epochs * n / args.batch))
-    warmup = args.warmup * n / args.batch
-    args.lr = args.base_lr * args.batch / 256 if args.lr is None else args.lr
+    if ckpt and finished(args, ckpt, images):
+        return
+    if args.lr is None:
+        args.lr = args.base_lr * args.batch / 256
 
     torch.manual_seed(args.seed)   # weights start the same on every rank
     for name in args.given & set().union(*map(flags_of, ae.MODELS)) - flags_of(args.model):
         sys.exit(f"--{name} is not a flag of --model {args.model}")
-    config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
     if args.tune_decoder and not (args.init or ckpt):
         sys.exit("--tune_decoder is VMAE's last stage: it needs --init CKPT")
+    config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
     terms = [name for name in ae.MODELS[args.model].weights if name != "recon"]
     config["weights"] = {name: getattr(args, name) for name in terms}
     net = or_exit(ae.MODELS[args.model], **config).to(args.device)
@@ -733,8 +714,8 @@ def main():
         net.load_state_dict(state)
     if args.tune_decoder:   # what comes after the latent; not mask_token, nothing is masked
         net.requires_grad_(False)
-        for part in (net.from_latent, *(m for name, m in net.named_children() if name.startswith("decoder"))):
-            part.requires_grad_(True)
+        for name, module in net.named_children():
+            module.requires_grad_(name == "from_latent" or name.startswith("decoder"))
     if args.image_size % net.patch_size:
         sys.exit(f"--image_size {args.image_size} is not a multiple of {net.patch_size}")
     if args.model == "sdvae" and args.image_size < 24:
@@ -747,7 +728,8 @@ def main():
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]   # biases and norms
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=True)
+    parts, compiled = {"model": net, "optimizer": optimizer}, [net]
     if args.model == "sdvae":
         disc = ae.Discriminator().to(args.device)
         for module in disc.modules():   # running averages are of no use here, and would keep a NaN
@@ -755,47 +737,28 @@ def main():
         if world > 1 and args.device.startswith("cuda"):
             disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_optimizer = torch.optim.AdamW(disc.parameters(), args.lr, args.betas, weight_decay=0, fused=True)
-
-    start = 0
-    if ckpt:
-        start = ckpt["step"]
-        if ckpt["images"] != n:
-            sys.exit(f"--resume: the run had {ckpt['images']} images, --data holds {n}")
-        if start >= args.steps:
-            print(f"{args.out} is finished, at step {start}")
-            return
-        net.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        if args.model == "sdvae":
-            disc.load_state_dict(ckpt["disc"])
-            disc_optimizer.load_state_dict(ckpt["disc_optimizer"])
-
-    if args.compiled:
-        parts = [net]
-        if args.model == "sdvae":   # adaptive_weight takes gradients at the last layer, not compiled
-            parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
-        for part in parts:
-            part.compile()
-    model = DistributedDataParallel(net) if world > 1 else net
-    part = args.batch // world
-    accumulate = part // args.micro_batch   # micro-batches a step
+        parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
+        # adaptive_weight takes gradients at the last layer, which is not compiled
+        compiled = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
+    for module in compiled if args.compiled else ():
+        module.compile()
+    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
         preview = preview_images(Images(held_out=True) if images.digits else images, args)
 
+    run = Run(args, rank, world, ckpt, **parts)
     dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, not images.digits))
-    batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
-    run = Run(args, rank, world, ckpt)
-    for step in range(start, args.steps):
-        lr = schedule(args, step, warmup)
+    batches = load_batches(dataset, training_keys(args, n, rank, world, run.done), args)
+    slices = micro_batches(args, rank, world)
+    for step in range(run.done, args.steps):
         adversarial = args.model == "sdvae" and step + 1 >= args.disc_start
         draws = net.randomness(args.batch, args.image_size, generator(args.device, args.seed, step))
-        totals = {"loss": 0}
-        for row in range(rank * part, (rank + 1) * part, args.micro_batch):
+        totals = {}
+        for rows in slices:
             x, _ = next(batches)
-            draw = {name: value[row:row + args.micro_batch] for name, value in draws.items()}
-            last = row + args.micro_batch == (rank + 1) * part
-            model.require_backward_grad_sync = last   # gradients travel once a step
+            draw = {name: value[rows] for name, value in draws.items()}
+            model.require_backward_grad_sync = rows == slices[-1]   # gradients travel once a step
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.autocast):
                 loss, terms, x_hat = model(x, perceptual=perceptual, **draw)
                 if adversarial:   # the third term of eq. 6
@@ -808,24 +771,21 @@ def main():
                     loss_d = ae.disc_loss(real, fake, args.disc_loss)
                     terms |= {"adv": adv, "adaptive": adaptive, "disc": loss_d, "real": real.mean(),
                               "fake": fake.mean()}
-            (loss / accumulate).backward()
+            (loss / len(slices)).backward()
             if adversarial:
-                (loss_d / accumulate).backward()
+                (loss_d / len(slices)).backward()
             for name, term in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, 0) + term.detach() / accumulate
+                totals[name] = totals.get(name, 0) + term.detach() / len(slices)
         for p in disc.parameters() if adversarial and world > 1 else ():
             dist.all_reduce(p.grad)
             p.grad /= world
-        run.step(totals, [optimizer, disc_optimizer] if adversarial else [optimizer], lr)
+        optimizers = [optimizer, disc_optimizer] if adversarial else [optimizer]
+        run.step(totals, optimizers, schedule(args, step, args.warmup * n / args.batch))
         if run.due():
-            if rank == 0:
-                ckpt = {"kind": "autoencoder", "name": args.model, "config": config, "images": n,
-                        "model": net.state_dict(), "optimizer": optimizer.state_dict()}
-                if args.model == "sdvae":
-                    ckpt |= {"disc": disc.state_dict(), "disc_optimizer": disc_optimizer.state_dict()}
-                run.save(ckpt, lambda: draw_reconstructions(net, preview, args))
-            if run.ending:
-                break
+            run.save(lambda: draw_reconstructions(net, preview, args), kind="autoencoder", name=args.model,
+                     config=config, images=n)
+        if run.ending:
+            break
     run.finish("recon.png")
 
 if __name__ == "__main__":

@@ -20,49 +20,47 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
 from ae import or_exit
-from train_ae import (CLIP, RUN, Batches, Images, Run, betas, center_crop, count, generator, introduce,
-                      load_batches, natural, on, one_of, parse_args, place, positive, schedule, setup, share,
-                      switch, training_keys, weight)
+from train_ae import (BATCH, CLIP, MICRO_BATCH, RUN, Batches, Images, Run, betas, center_crop, count,
+                      finished, generator, introduce, load_batches, micro_batches, natural, on, one_of,
+                      parse_args, place, positive, power_sums, schedule, setup, share, switch, training_keys,
+                      weight)
 
 # As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
 FLAGS = {
     "run": [
         *RUN,
         ("ae", place, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
-        ("cache", place, "{out}/latents", None, "folder for all images' moments, in 16 bit; none: encode on "
-         "the fly"),
+        ("cache", place, "{out}/latents", None, "folder for all images' moments; none: encode on the fly"),
         ("out", place, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
         ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [
         ("model", one_of(*dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
         ("image_size", count, 32, 256, "pixels a side, S; default of a ViT's latents: its own"),
-        ("qk_norm", switch, 1, 1, "1 or 0, RMSNorm of queries and keys, S"),
-        ("class_dropout", share, 0.1, 0.1, "share of labels dropped, of a single class none, R"),
-        ("cosine_loss", on, False, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
+        ("qk_norm", switch, 1, "1 or 0, RMSNorm of queries and keys, S"),
+        ("class_dropout", share, 0.1, "share of labels dropped, of a single class none, R"),
+        ("cosine_loss", on, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
         ("steps", count, 3800, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
-        ("batch", count, 32, 1024, "images an optimiser step, over all processes, S"),
-        ("micro_batch", count, 32, 32,
-         "images a process at once, the rest is gradient accumulation; if not given, at most this, O"),
+        ("batch", count, 32, 1024, BATCH),
+        ("micro_batch", count, 32, MICRO_BATCH),
         ("lr", weight, 3e-3, 2e-4, "learning rate, S"),
         ("schedule", one_of("cosine", "constant"), "cosine", "constant", "of the learning rate, S"),
-        ("betas", betas, [0.9, 0.95], [0.9, 0.95], "AdamW, R"),
+        ("betas", betas, [0.9, 0.95], "AdamW, R"),
         CLIP,
-        ("ema", share, 0.9999, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
+        ("ema", share, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
     ],
     "sampling, for samples.png and as defaults of sample.py": [
         ("sample_steps", count, 100, 250, "Euler steps, S"),
         ("cfg_scale", weight, 1.3, 10.0, "guidance; 1, none, with a single class, R"),
         ("cfg_channels", natural, 16, 3, "latent channels that are guided, the first ones, R"),
-        ("cfg_start", share, 0.1, 0.1, "time from which on they are, R"),
-        ("shift", positive, 0.3, 0.3, "of the time grid, below 1 towards the noise, R"),
+        ("cfg_start", share, 0.1, "time from which on they are, R"),
+        ("shift", positive, 0.3, "of the time grid, below 1 towards the noise, R"),
     ],
 }
 
@@ -142,18 +140,17 @@ def latent_statistics(dataset, encode, args, n, rank, world):
     picked = np.random.default_rng((args.seed, n)).permutation(n)[:10000]
     chunks = [picked[i:i + 100] for i in range(0, len(picked), 100)]
     keys = [[(int(i), 0, False) for i in chunk] for chunk in chunks[rank::world]]
-    total = torch.zeros(3, args.latent_shape[0], dtype=torch.float64, device=args.device)
+    sums = torch.zeros(3, args.latent_shape[0], dtype=torch.float64, device=args.device)
     for k, (x, _) in enumerate(load_batches(dataset, keys, args)):
         posterior = encode(x)
         noise = torch.randn(posterior.mean.shape, device=x.device,
                             generator=generator(args.device, args.seed, rank + k * world, 2))
-        z = posterior.sample(noise).double().transpose(0, 1).flatten(1)   # (C, B * h * w)
-        total += torch.stack([z.sum(1), z.square().sum(1), torch.full_like(z[:, 0], z.shape[1])])
+        sums += power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))   # of (C, B * h * w)
     if world > 1:
-        dist.all_reduce(total)
-    mean = total[0] / total[2]
-    variance = (total[1] - total[2] * mean.square()) / (total[2] - 1)
-    return mean.float(), variance.sqrt().float()
+        dist.all_reduce(sums)
+    n, total, squares = sums
+    mean = total / n
+    return mean.float(), ((squares - n * mean.square()) / (n - 1)).sqrt().float()
 
 @torch.no_grad()
 def draw_samples(ema, autoencoder, latent_mean, latent_std, args, class_names):
@@ -180,11 +177,7 @@ def main():
         if "cfg_scale" in args.given and args.cfg_scale > 1:
             sys.exit("--cfg_scale above 1 needs several classes and --class_dropout above 0")
         args.cfg_scale = 1.0
-    if ckpt and (ckpt["images"], ckpt["class_names"]) != (n, images.classes):
-        sys.exit(f"--resume: the run had {ckpt['images']} images of {len(ckpt['class_names'])} classes, "
-                 f"--data has {n} of {num_classes}, or other classes")
-    if ckpt and ckpt["step"] >= args.steps:
-        print(f"{args.out} is finished, at step {ckpt['step']}")
+    if ckpt and finished(args, ckpt, images):
         return
 
     autoencoder = or_exit(ae.from_checkpoint, ckpt["ae"]) if ckpt else or_exit(ae.load, args.ae)
@@ -223,25 +216,18 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], args.lr, args.betas,
                                   weight_decay=0, fused=True)
-    start = 0
-    if ckpt:
-        start = ckpt["step"]
-        net.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-    run = Run(args, rank, world, ckpt)
+    run = Run(args, rank, world, ckpt, model=net, ema=ema, optimizer=optimizer)
     del ckpt
     if args.compiled:
         net.compile()
-    model = DistributedDataParallel(net) if world > 1 else net
-    part = args.batch // world   # images of one process in a step
-    accumulate = part // args.micro_batch   # micro-batches a step
+    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, *args.latent_shape), torch.zeros(1),
                   torch.zeros(1, dtype=torch.long))
 
-    batches = load_batches(dataset, training_keys(args, n, rank, world, start), args)
-    for step in range(start, args.steps):
+    batches = load_batches(dataset, training_keys(args, n, rank, world, run.done), args)
+    first, slices = run.done, micro_batches(args, rank, world)
+    for step in range(first, args.steps):
         # the global batch's random numbers, of which each micro-batch takes its rows
         draw = generator(args.device, args.seed, step)
         shape = (args.batch, *args.latent_shape)
@@ -250,34 +236,30 @@ def main():
         t = torch.randn(args.batch, generator=draw, device=args.device).sigmoid()
         dropped = torch.rand(args.batch, generator=draw, device=args.device) < net.class_dropout_prob
         total = 0
-        for row in range(rank * part, (rank + 1) * part, args.micro_batch):
-            rows = slice(row, row + args.micro_batch)
+        for rows in slices:
             x, y = next(batches)
             x1 = (encode(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
             y = torch.where(dropped[rows], num_classes, y)   # the null class
-            if rank == 0 and step == start and row == 0:
+            if rank == 0 and step == first and rows == slices[0]:
                 print(f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
-            model.require_backward_grad_sync = row + args.micro_batch == (rank + 1) * part   # once a step
+            model.require_backward_grad_sync = rows == slices[-1]   # gradients travel once a step
             with autocast():
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
-            (loss / accumulate).backward()
-            total = total + loss.detach() / accumulate
+            (loss / len(slices)).backward()
+            total = total + loss.detach() / len(slices)
         counts = run.step({"loss": total}, [optimizer], schedule(args, step, 0))
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, weight_now in zip(ema.parameters(), net.parameters()):
                 average.lerp_(weight_now, counts * (1 - decay))
         if run.due():
-            if rank == 0:
-                run.save({"kind": "dit", "dit_config": {"name": args.model, **config}, "images": n,
-                          "model": net.state_dict(), "ema": ema.state_dict(),
-                          "optimizer": optimizer.state_dict(), "class_names": images.classes,
-                          "latent_mean": latent_mean.flatten(), "latent_std": latent_std.flatten(),
-                          "ae": {**autoencoder.recipe, "model": autoencoder.state_dict()}},
-                         lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, args,
-                                              images.classes))
-            if run.ending:
-                break
+            run.save(lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, args, images.classes),
+                     kind="dit", dit_config={"name": args.model, **config}, images=n,
+                     class_names=images.classes, latent_mean=latent_mean.flatten(),
+                     latent_std=latent_std.flatten(),
+                     ae={**autoencoder.recipe, "model": autoencoder.state_dict()})
+        if run.ending:
+            break
     run.finish("samples.png")
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_masks_give_sigma2_and_rho_also_on_two_processes(tmp_path, tiny_vmae, fo
     images = train_ae.Images(folder / "bees")
     for i, file in enumerate(images.files):
         labels = np.random.RandomState(i).randint(0, 4, (images[i].height, images[i].width)).astype(np.uint8)
-        Image.fromarray(labels).save(masks / f"{train_ae.stem(file)}.png")
+        Image.fromarray(labels).save(masks / f"{Path(file).stem}.png")
     flags = ("--eval", "--ckpt", tiny_vmae, "--data", folder / "bees", "--workers", 0, "--masks", masks)
     run(train_ae, *flags, "--out", tmp_path / "one", "--micro_batch", 8)
     torchrun(2, "train_ae.py", *flags, "--out", tmp_path / "two", "--micro_batch", 8)

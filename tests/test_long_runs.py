@@ -103,7 +103,7 @@ def killed_run(tmp_path, processes, script, flags, kills, seed):
     ends_well(whole)
     rng, killed = random.Random(seed), 0
     while killed < kills:
-        flag = ["--resume"] if (tmp_path / "killed" / "ckpt.pt").exists() else []
+        flag = ["--resume"] if list((tmp_path / "killed").glob("ckpt*.pt")) else []  # or previous.pt alone
         process = start(processes, script, "--out", tmp_path / "killed", *flags, "--steps", 40, *flag)
         done = len(log_of(tmp_path / "killed")) if flag else 0
         assert wait_for(
