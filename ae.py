@@ -124,6 +124,7 @@ class AE(nn.Module):
     """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on."""
     deterministic = True
     weights = {"recon": 1.0, "lpips": 0.0}
+
     def __init__(self, channels=(128, 256, 512, 512), latent_dim=16, recon="mse", weights=()):
         super().__init__()
         if any(width % 32 for width in channels):
@@ -170,6 +171,7 @@ class VAE(AE):
     """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
     deterministic = False
     weights = {"recon": 1.0, "kl": 1e-4, "lpips": 0.0}
+
     def randomness(self, n, size, generator):
         shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
         return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
@@ -238,6 +240,7 @@ class MAE(nn.Module):
     """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. Also VMAE's base."""
     deterministic = True
     weights = {"masked": 1.0, "lpips": 0.0}
+
     def __init__(self, image_size=256, patch_size=8, hidden_size=192, depth=12, decoder_depth=12,
                  num_heads=12, latent_dim=16, mask_ratio=0.6, weights=()):
         super().__init__()
@@ -325,6 +328,7 @@ class VMAE(MAE):
     """
     deterministic = False
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5, "recon": 1.0}   # the last to tune
+
     def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.prior_std = prior_std

@@ -623,6 +623,8 @@ def judge(net, args, images, masks, lpips, inception, rank, world):
         gathered = [found] * world
         if world > 1:
             dist.all_gather_object(gathered, found)
+        if not any(gathered):
+            sys.exit(f"--masks {args.masks}: no label image of these has a label in it")
         labels, sums = zip(*sum(gathered, []))
         row |= compression(labels, torch.stack(sums), std.cpu())
     return row, std

@@ -71,6 +71,7 @@ class Cache:
     """
     shard = 4096
     limit = 0   # of images that may be unreadable: they were replaced when it was written
+
     def __init__(self, folder, images):
         self.folder, self.images = folder, images
     def path(self, kind, k):

@@ -360,3 +360,10 @@ def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae):
         train_ae, "--init", tiny_vmae, "--model", "ae", *TINY_CONV, "--out", tmp_path / "d"
     )
     assert "--init" in fails(train_ae, "--tune_decoder", "--out", tmp_path / "e")
+
+
+def test_masks_without_a_label_are_one_sentence(tmp_path, tiny_vmae, folder):
+    for file in train_ae.Images(folder / "bees").files:
+        Image.new("L", (40, 40)).save(tmp_path / f"{Path(file).stem}.png")
+    flags = ("--data", folder / "bees", "--workers", 0, "--masks", tmp_path, "--out", tmp_path / "out")
+    assert "no label image" in fails(train_ae, "--eval", "--ckpt", tiny_vmae, *flags)
