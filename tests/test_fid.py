@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -593,50 +592,12 @@ def test_help_is_quick_grouped_and_narrow():
 
 
 @pytest.mark.slow
-def test_features_are_faster_than_the_peers(weights, net, monkeypatch):
-    pytorch_fid = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is not installed")
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="no torch-fidelity")
-    monkeypatch.setattr(
-        pytorch_fid, "load_state_dict_from_url", lambda *a, **k: torch.load(weights, weights_only=True)
-    )
-    peers = {
-        "pytorch-fid": pytorch_fid.InceptionV3([3]).eval(),
-        "torch-fidelity": fidelity.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
-        ),
-    }
-    x = torch.from_numpy(random_images(0, 16, 64)).permute(0, 3, 1, 2).contiguous()
-    calls = {
-        "ours": lambda: net(x),
-        "pytorch-fid": lambda: peers["pytorch-fid"](x.float() / 255),
-        "torch-fidelity": lambda: peers["torch-fidelity"](x),
-    }
-    times = {name: [] for name in calls}
-    with torch.no_grad():
-        for _ in range(6):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-    for name in peers:
-        ratio = np.median([b / a for a, b in zip(times["ours"][1:], times[name][1:])])
-        print(f"{name}: {ratio:.2f} times the time")
-        assert ratio >= 1.35
-
-
-@pytest.mark.slow
-def test_frechet_distance_of_2048_dimensions_is_five_times_as_fast_as_sqrtm():
+def test_frechet_distance_of_2048_dimensions_is_sqrtm_s():
     linalg = pytest.importorskip("scipy.linalg")
     one, two = random_statistics(0, 5000, 2048), random_statistics(1, 5000, 2048)
-    start = time.perf_counter()
-    ours = fid.frechet_distance(*one, *two)
-    middle = time.perf_counter()
     root = linalg.sqrtm(one[1] @ two[1])
-    ratio = (time.perf_counter() - middle) / (middle - start)
-    print(f"ours {middle - start:.1f} s, sqrtm {ratio:.1f} times that")
     expected = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1] + two[1] - 2 * root.real)
-    assert ours == pytest.approx(expected, rel=1e-6)
-    assert ratio >= 5
+    assert fid.frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-6)
 
 
 PEAK = """

@@ -631,8 +631,17 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"after"
 
 
-@pytest.mark.parametrize("size", [24, 40, 136, pytest.param(512, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", ["vmae", "ae"])
+@pytest.mark.parametrize(
+    "model, size",
+    [
+        ("vmae", 24),
+        ("vmae", 40),
+        ("vmae", 136),
+        ("ae", 40),
+        ("ae", 136),
+        pytest.param("vmae", 512, marks=pytest.mark.slow),
+    ],
+)
 def test_any_size_that_8_divides_goes_through_both_stages_and_sampling(tmp_path, folder, model, size):
     """From tiny, non-square images in class folders; 24 pixels are 3 x 3 latents, 512 are 64 x 64."""
     data = ("--data", folder, "--image_size", size, "--workers", 0, "--batch", 2, "--steps", 1)
