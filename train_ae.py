@@ -361,6 +361,7 @@ class Run:
     def finish(self, picture):
         """The last words."""
         if self.world > 1:
+            dist.barrier()   # none leaves while rank 0 is still saving
             dist.destroy_process_group()
         if self.rank > 0:
             return
