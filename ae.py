@@ -143,6 +143,7 @@ class AE(nn.Module):
                              up_blocks=levels(channels[::-1], 3, "up"),
                              conv_norm_out=nn.GroupNorm(32, channels[0], eps=1e-6), conv_act=nn.SiLU(),
                              conv_out=nn.Conv2d(channels[0], 3, 3, padding=1))
+        self.to(memory_format=torch.channels_last)   # a tenth faster on a CPU
     def randomness(self, n, size, generator):
         return {}
     def encode(self, x):
@@ -451,13 +452,18 @@ def or_exit(function, *args, **kwargs):
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 @contextlib.contextmanager
-def whole_file(path):
-    """A binary file to write, which appears under its name when all of it is on the disk; else OSError."""
+def whole_file(path, before=None):
+    """A binary file to write, which appears under its name when all of it is on the disk; else OSError.
+
+    before: where to keep the file that had the name.
+    """
     try:
         with open(path + ".tmp", "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before and os.path.exists(path):
+            os.replace(path, before)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:   # torch.save lays its own error upon the disk's
         if os.path.exists(path + ".tmp"):

@@ -250,7 +250,7 @@ def read_latest(path):
         if not os.path.exists(previous(path)):
             raise
         print(f"warning: {error}; going on from the one before, {previous(path)}", file=sys.stderr)
-        return ae.read_checkpoint(previous(path))
+        return {**ae.read_checkpoint(previous(path)), "damaged": True}   # the latest, which is not to be kept
 
 def finished(args, ckpt, images):
     """Whether the run to resume has no steps left, which it says. The images must be the same."""
@@ -277,6 +277,7 @@ class Run:
         self.in_row = torch.zeros((), device=args.device)              # skipped ones, up to now
         self.seen = torch.zeros((), pin_memory=args.device != "cpu")   # the same, on a GPU some steps ago
         self.ending = self.signalled = False
+        self.keep = not (ckpt and "damaged" in ckpt)   # whether ckpt.pt is worth it
         for number in SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.log = os.path.join(args.out, "log.jsonl")
@@ -346,18 +347,18 @@ class Run:
         ckpt |= {name: part.state_dict() for name, part in self.parts.items()}
         ckpt |= {"step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
         try:
-            with ae.whole_file(path + ".new") as file:
+            with ae.whole_file(path, previous(path) if self.keep else None) as file:
                 torch.save(ckpt, file)
-            if os.path.exists(path):
-                os.replace(path, previous(path))
-            os.replace(path + ".new", path)
-            if not self.ending:
-                draw()
-            self.clock = time.time(), self.done   # without the time this took
-            self.saved = True
+            self.saved = self.keep = True
         except OSError as error:
             print(f"warning: step {self.done} is not saved, {path} stays as it was: {error}", file=sys.stderr)
             self.saved = False
+        try:
+            if not self.ending:
+                draw()
+        except OSError as error:
+            print(f"warning: no picture of step {self.done}: {error}", file=sys.stderr)
+        self.clock = time.time(), self.done   # without the time this took
     def finish(self, picture):
         """The last words."""
         if self.world > 1:

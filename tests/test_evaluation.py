@@ -264,26 +264,10 @@ def test_position_tables_are_interpolated_bilinearly():
 def test_the_three_stages_keep_tables_encoder_and_mask_token(tmp_path, folder):
     common = ("--data", folder, "--workers", 0, "--batch", 8, *TINY_VIT, "--lpips", 0, "--warmup", 0)
     run(train_ae, *common, "--image_size", 32, "--steps", 3, "--out", tmp_path / "pretrain")
-    run(
-        train_ae,
-        *common,
-        "--image_size",
-        64,
-        "--steps",
-        3,
-        "--init",
-        tmp_path / "pretrain" / "ckpt.pt",
-        "--out",
-        tmp_path / "larger",
-    )
-    run(
-        train_ae,
-        *common,
-        "--image_size",
-        64,
-        "--steps",
-        3,
-        "--init",
+    second = (*common, "--image_size", 64, "--steps", 3, "--init")
+    run(train_ae, *second, tmp_path / "pretrain" / "ckpt.pt", "--out", tmp_path / "larger")
+    tune = (
+        *second,
         tmp_path / "larger" / "ckpt.pt",
         "--lr",
         1e-3,
@@ -291,6 +275,7 @@ def test_the_three_stages_keep_tables_encoder_and_mask_token(tmp_path, folder):
         "--out",
         tmp_path / "tuned",
     )
+    run(train_ae, *tune)
     small, larger, tuned = (
         torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("pretrain", "larger", "tuned")
     )

@@ -174,6 +174,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, caps
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one_before_it(tmp_path):
+    run(train_ae, "--out", tmp_path, *TINY_VIT, *SMALL, "--ckpt_every", 2, "--steps", 4)
+    damage(tmp_path / "ckpt.pt", "truncated")
+    run(train_ae, "--out", tmp_path, "--resume", "--steps", 5, "--ckpt_every", 10)
+    assert read(tmp_path / "ckpt.pt")["step"] == 5 and read(tmp_path / "ckpt.previous.pt")["step"] == 2
+
+
+def test_a_picture_that_cannot_be_written_costs_the_picture_alone(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ae, "save_grid", full)
+    run(train_ae, "--out", tmp_path, *TINY_VIT, *SMALL, "--steps", 2)
+    output = capsys.readouterr()
+    assert "no picture of step 2: No space left" in output.err and "not saved" not in output.err
+    assert "wrote" in output.out and read(tmp_path / "ckpt.pt")["step"] == 2
+
+
 def test_two_damaged_checkpoints_are_one_sentence(tmp_path):
     run(train_ae, "--out", tmp_path, *TINY_VIT, *SMALL, "--ckpt_every", 1, "--steps", 2)
     for name in ("ckpt.pt", "ckpt.previous.pt"):
@@ -363,7 +381,7 @@ def test_the_gradient_norm_is_that_of_all_gradients_and_clipping_scales_them(tmp
 
 @pytest.fixture
 def odd_images(tmp_path):
-    """One of each kind in a class folder with a space and an umlaut: those that can be read, those that cannot."""
+    """One of each kind, those that can be read and those that cannot, in a folder with a space and an umlaut."""
     root = tmp_path / "pictures" / "größe 1"
     root.mkdir(parents=True)
     ramp = np.linspace(0, 255, 40 * 50).reshape(40, 50)
