@@ -46,7 +46,7 @@ FLAGS = {
         ("cosine_loss", on, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
-        ("steps", count, 3800, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
+        ("steps", count, 3300, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
         ("batch", count, 32, 1024, BATCH),
         ("micro_batch", count, 32, MICRO_BATCH),
         ("lr", weight, 3e-3, 2e-4, "learning rate, S"),
@@ -249,10 +249,10 @@ def main():
             (loss / len(slices)).backward()
             total = total + loss.detach() / len(slices)
         counts = run.step({"loss": total}, [optimizer], schedule(args, step, 0))
-        decay = min(args.ema, (1 + step) / (10 + step))
+        rate = counts * (1 - min(args.ema, (1 + step) / (10 + step)))
         with torch.no_grad():
             for average, weight_now in zip(ema.parameters(), net.parameters()):
-                average.lerp_(weight_now, counts * (1 - decay))
+                average.lerp_(weight_now, rate)
         if run.due():
             run.save(lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, args, images.classes),
                      kind="dit", dit_config={"name": args.model, **config}, images=n,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
 
 import ae
 import dit
@@ -203,6 +204,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
     torch.rand(3)
     assert np.array_equal(first, make(0, 1, 2))
     assert not any(np.array_equal(first, make(*key)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))
+
+
+@pytest.mark.parametrize("side", [(50, 37), (9, 12), (400, 300)])
+def test_augmentation_is_torchvision_s_random_resized_crop_and_flip(side):
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (*side, 3), dtype=np.uint8))
+    crop = T.RandomResizedCrop(32, (0.75, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+    theirs = T.Compose([crop, T.RandomHorizontalFlip()])
+    for epoch in range(8):
+        torch.manual_seed(train_ae.seed_of(3, epoch, 5))
+        expected = np.asarray(theirs(image))
+        ours = np.asarray(train_ae.augment(32, 3, True, image, 5, epoch, False))
+        assert ours.shape == (32, 32, 3) and np.array_equal(ours, expected)
 
 
 def test_an_epoch_has_every_image_once_whatever_the_number_of_processes():
