@@ -301,10 +301,12 @@ def sampling(name):
 @rows("loading of JPEGs")
 def image_loading(name):
     """Cropped, resized, flipped, on one core; both sides yield the same pixels."""
+    from torchvision import datasets
     from torchvision import transforms as T
 
     torch.set_num_threads(1)
-    path, random = folder(), np.random.RandomState(0)
+    path, random = folder() / "noise", np.random.RandomState(0)
+    path.mkdir()
     for i in range(64):  # noise at several scales, the coarser the stronger, as in photographs
         picture = 0
         for scale in (1, 2, 4, 8, 16, 32, 64, 128):
@@ -318,12 +320,12 @@ def image_loading(name):
     batches = train_ae.Batches(images, functools.partial(train_ae.augment, 256, 0, True))
     crop = T.RandomResizedCrop(256, (0.75, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     transform = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor()])
-    load = lambda file: transform(Image.open(file).convert("RGB"))
-    ours = lambda: batches[[(i, 0, False) for i in range(64)]][0]
-    theirs = lambda: torch.stack([load(file) for file in images.files])
+    dataset = datasets.ImageFolder(path.parent, transform)
+    ours = lambda: batches[[(i, 0, False) for i in range(64)]]
+    theirs = lambda: torch.utils.data.default_collate([dataset[i] for i in range(64)])
     seeds = [train_ae.seed_of(0, 0, i) for i in range(64)]  # as train_ae.augment's
-    same = torch.stack([torch.manual_seed(seed) and load(file) for seed, file in zip(seeds, images.files)])
-    assert (ours() - (same * 255).round()).abs().max() <= 1 and torch.get_num_threads() == 1
+    same = torch.stack([torch.manual_seed(seed) and dataset[i][0] for i, seed in enumerate(seeds)])
+    assert (ours()[0] - (same * 255).round()).abs().max() <= 1 and torch.get_num_threads() == 1
     peer, note = (version("torchvision"), theirs), f"500 x 375 of {size:.0f} kB, to 256"
     return dict(ours=ours, peer=peer, per=(64, "images/s a core"), note=note)
 
