@@ -151,11 +151,9 @@ def parse_args(doc, flags, kind):
         group = parser.add_argument_group(title)
         for name, how, *values, text in rows:
             shown = [", ".join(f"{key} {x}".removeprefix("* ") for key, x in value.items())
-                     if isinstance(value, dict) else value for value in values]
-            if len(values) == 2:
-                text += f" (demo: {shown[0]}; paper: {shown[1]})"
-            elif values != [None] and how is not on:
-                text += f" (default: {shown[0]})"
+                     if isinstance(value, dict) else str(value) for value in values]
+            if values != [None] and how is not on:
+                text += f" ({'demo' if values[1:] else 'default'}: {'; paper: '.join(shown)})"
             group.add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
 
