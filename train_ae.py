@@ -160,8 +160,7 @@ def parse_args(doc, flags, kind):
     column = -1 if "data" in given else 0
     args = {name: values[column] for rows in flags.values() for name, _, *values, _ in rows} | given
     model = args["model"]
-    family = "vit" if model in ("mae", "vmae") else "conv"
-    keys = ["tune" if "tune_decoder" in given else model, model, family, "*"]
+    keys = ["tune" if "tune_decoder" in given else model, model, "vit" if "mae" in model else "conv", "*"]
     for name, value in args.items():
         if isinstance(value, dict):
             args[name] = next(value[key] for key in keys if key in value)
