@@ -271,10 +271,10 @@ class Run:
             parts[name].load_state_dict(ckpt[name])
         self.done = ckpt["step"] if ckpt else 0   # steps
         self.skipped = torch.tensor(ckpt["skipped"] if ckpt else 0.0, device=args.device)   # of these
+        self.saved = 0 if ckpt and "damaged" in ckpt else self.done   # the step that ckpt.pt holds
         self.in_row = torch.zeros((), device=args.device)              # skipped ones, up to now
         self.seen = torch.zeros((), pin_memory=args.device != "cpu")   # the same, on a GPU some steps ago
         self.ending = self.signalled = False
-        self.keep = not (ckpt and "damaged" in ckpt)   # whether ckpt.pt is worth it
         for number in SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.log = os.path.join(args.out, "log.jsonl")
@@ -344,12 +344,11 @@ class Run:
         ckpt |= {name: part.state_dict() for name, part in self.parts.items()}
         ckpt |= {"step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
         try:
-            with ae.whole_file(path, previous(path) if self.keep else None) as file:
+            with ae.whole_file(path, previous(path) if self.saved else None) as file:
                 torch.save(ckpt, file)
-            self.saved = self.keep = True
+            self.saved = self.done
         except OSError as error:
             print(f"warning: step {self.done} is not saved, {path} stays as it was: {error}", file=sys.stderr)
-            self.saved = False
         try:
             if not self.ending:
                 draw()
@@ -363,7 +362,7 @@ class Run:
             dist.destroy_process_group()
         if self.rank > 0:
             return
-        if not self.saved:
+        if self.saved < self.done:
             sys.exit("the end of the run is not saved: make room, then go on with --resume")
         if self.ending:
             launch = f"torchrun --nproc_per_node={self.world} --" if self.world > 1 else "python"
