@@ -611,10 +611,8 @@ def judge(net, args, images, masks, lpips, inception, rank, world):
         for statistics, image in zip(features, [x, *decodings]):
             statistics.update(inception(to_bytes(image))[0])
     l1, psnr, similarity, distance = (fid.all_reduce(tally) / len(images)).T.tolist()
-    rfid = [math.nan] * len(EPS)
-    if inception:
-        real, *fakes = [statistics.finish() for statistics in features]
-        rfid = [fid.frechet_distance(*real, *fake) for fake in fakes]
+    features = [statistics.finish() for statistics in features]
+    rfid = [fid.frechet_distance(*features[0], *fake) for fake in features[1:]] or [math.nan] * len(EPS)
     row = {"L1": l1[0], "PSNR": psnr[0], "SSIM": similarity[0], "LPIPS": distance[0], "rFID": rfid[0],
            f"PSNR at eps {EPS[1:]}": psnr[1:], "LPIPS at them": distance[1:], "rFID at them": rfid[1:]}
     if masks:
