@@ -183,7 +183,7 @@ class VAE(AE):
         return objective(self, terms, x, x_hat, perceptual)
 
 class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * generator_loss."""
+    """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * -mean D(x_hat)."""
     weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
 
 class Discriminator(nn.Sequential):
@@ -203,10 +203,6 @@ def disc_loss(real_logits, fake_logits, kind="hinge"):
         raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
     penalty = F.softplus if kind == "vanilla" else lambda logits: F.relu(1 + logits)
     return 0.5 * (penalty(-real_logits).mean() + penalty(fake_logits).mean())
-
-def generator_loss(fake_logits):
-    """The adversarial term as the autoencoder minimises it, in both variants."""
-    return -fake_logits.mean()
 
 def adaptive_weight(loss, adv, last_layer):
     """VQGAN's factor, which gives both gradients one norm at the decoder's last weight (no KL reaches it)."""
