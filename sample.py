@@ -10,7 +10,6 @@ keeps torchrun from taking --num for an abbreviation of a flag of its own.)
 """
 
 import argparse
-import functools
 import json
 import os
 import shutil
@@ -31,9 +30,9 @@ SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]   # the ImageNet classes that t
 PART = 256   # samples in a file of an unfinished samples.npz
 
 def parse_args():
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter,
-                                     usage="%(prog)s [flags]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100))
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
