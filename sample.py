@@ -125,6 +125,7 @@ def draw_npz(loaded, args, world):
         with ae.whole_file(record) as file:
             file.write(json.dumps(wanted).encode())
     if world > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         dist.barrier()   # all have looked
     if json.load(open(record)) != wanted:
         sys.exit(f"{parts} holds part of a run with other settings: finish that one, or remove the folder")
@@ -134,6 +135,7 @@ def draw_npz(loaded, args, world):
             np.savez(file, images=images, labels=labels)
     if world > 1:
         dist.barrier()
+        dist.destroy_process_group()
     if args.rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
         shape = (args.num, *np.load(next(iter(rows)))["images"].shape[1:])
         with ae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -162,11 +164,7 @@ def main():
     or_exit(os.makedirs, args.out, exist_ok=True)
     if args.num is not None:
         args.labels = args.labels or list(range(classes))
-        if world > 1:
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         or_exit(draw_npz, loaded, args, world)
-        if world > 1:
-            dist.destroy_process_group()
     elif args.rank == 0:
         spread = [i * classes // min(classes, 10) for i in range(min(classes, 10))]
         args.labels = args.labels or (SHOWCASE if classes == 1000 else spread)
