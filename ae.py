@@ -194,6 +194,7 @@ class Discriminator(nn.Sequential):
             layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
         super().__init__(OrderedDict(main=nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))))
         for module in self.main:
+            module.track_running_stats = False   # running averages are of no use, and would keep a NaN
             if not isinstance(module, nn.LeakyReLU):   # convolutions around 0, batch norms around 1
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 

@@ -730,8 +730,6 @@ def main():
     parts, compiled = {"model": net, "optimizer": optimizer}, [net]
     if args.model == "sdvae":
         disc = ae.Discriminator().to(args.device)
-        for module in disc.modules():   # running averages are of no use here, and would keep a NaN
-            module.track_running_stats = False
         if world > 1 and args.device.startswith("cuda"):
             disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_optimizer = torch.optim.AdamW(disc.parameters(), args.lr, args.betas, weight_decay=0, fused=True)

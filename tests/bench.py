@@ -219,8 +219,6 @@ def autoencoder_training(name):
         nets, compiled, distance = [net.to(device)], [net], None
         if adversarial:
             disc = ae.Discriminator().to(device)
-            for module in disc.modules():
-                module.track_running_stats = False
             nets, compiled = [net, disc], [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
         if lpips:  # as ae.lpips_vgg, but for the weights
             vgg = importlib.import_module("lpips").LPIPS(net="vgg", pnet_rand=True, verbose=False)
