@@ -675,8 +675,7 @@ def evaluate(args):
             cells = [", ".join(map(show, v)) if isinstance(v, list) else show(v) for v in row.values()]
             print("| " + " | ".join(cells) + " |")
         print("\n".join(absent))
-        with open(os.path.join(args.out, "eval.json"), "w") as file:
-            json.dump({"rows": rows, "not computed": absent}, file, indent=1)
+        Path(args.out, "eval.json").write_text(json.dumps({"rows": rows, "not computed": absent}, indent=1))
     if world > 1:
         dist.destroy_process_group()
 
