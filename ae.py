@@ -65,7 +65,7 @@ def objective(model, terms, x, x_hat, perceptual):
     """What every forward returns: the terms and LPIPS weighted and summed, the terms detached, the images."""
     if perceptual is not None:
         terms["lpips"] = perceptual(x_hat, x)
-    loss = sum(model.weights[name] * term for name, term in terms.items())
+    loss = sum(model.weights.get(name, 1.0) * term for name, term in terms.items())   # recon has none
     return loss, {name: term.detach() for name, term in terms.items()}, x_hat
 
 # ---- The convolutional backbone: the Stable Diffusion 3 VAE, tensor names of diffusers' AutoencoderKL ----
@@ -123,7 +123,7 @@ def levels(channels, depth, kind):
 class AE(nn.Module):
     """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on."""
     deterministic = True
-    weights = {"recon": 1.0, "lpips": 0.0}
+    weights = {"lpips": 0.0}
 
     def __init__(self, channels=(128, 256, 512, 512), latent_dim=16, recon="mse", weights=()):
         super().__init__()
@@ -171,7 +171,7 @@ class DAE(AE):
 class VAE(AE):
     """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
     deterministic = False
-    weights = {"recon": 1.0, "kl": 1e-4, "lpips": 0.0}
+    weights = {"kl": 1e-4, "lpips": 0.0}
 
     def randomness(self, n, size, generator):
         shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
@@ -184,7 +184,7 @@ class VAE(AE):
 
 class SDVAE(VAE):
     """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * -mean D(x_hat)."""
-    weights = {"recon": 1.0, "kl": 5e-9, "lpips": 1.0}
+    weights = {"kl": 5e-9, "lpips": 1.0}
 
 class Discriminator(nn.Sequential):
     """VQGAN's PatchGAN, 3 layers from 64 channels: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
@@ -325,7 +325,7 @@ class VMAE(MAE):
     alone to prior_std^2. weights: the release's, that is lambda_M = lambda_P = 1, lambda_reg = 2e-6, halved.
     """
     deterministic = False
-    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5, "recon": 1.0}   # the last to tune
+    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
 
     def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
         super().__init__(*args, **kwargs)

@@ -699,8 +699,7 @@ def main():
     if args.tune_decoder and not (args.init or ckpt):
         sys.exit("--tune_decoder is VMAE's last stage: it needs --init CKPT")
     config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
-    terms = [name for name in ae.MODELS[args.model].weights if name != "recon"]
-    config["weights"] = {name: getattr(args, name) for name in terms}
+    config["weights"] = {name: getattr(args, name) for name in ae.MODELS[args.model].weights}
     net = or_exit(ae.MODELS[args.model], **config).to(args.device)
     if args.init and not ckpt:
         state = or_exit(ae.load, args.init).state_dict()
