@@ -100,17 +100,6 @@ def draw(loaded, args, indices, labels):
         images.append(ae.to_uint8(autoencoder.decode(z * std + mean)))
     return np.concatenate(images), y.numpy()
 
-def draw_grid(loaded, args):
-    """samples.png: a row a class, or eight rows of the only class."""
-    names = loaded[4]
-    classes = args.labels if len(names) > 1 else [0] * 8
-    labels = [c for c in classes for _ in range(args.columns)]
-    images, _ = draw(loaded, args, range(len(labels)), labels)
-    path = os.path.join(args.out, "samples.png")
-    titles = ["" if len(names) == 1 else " ".join(dict.fromkeys((str(c), names[c]))) for c in classes]
-    ae.save_grid(path, images.reshape(len(classes), args.columns, *images.shape[1:]), titles)
-    print(f"wrote {path}")
-
 def draw_npz(loaded, args, world):
     """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), where there are several."""
     path, parts = os.path.join(args.out, "samples.npz"), os.path.join(args.out, "samples.parts")
@@ -155,7 +144,8 @@ def main():
     args.device = choose_device(args.device)
     args.out = args.out or os.path.dirname(args.ckpt) or "."
     loaded = load(args)
-    classes = len(loaded[4])
+    names = loaded[4]
+    classes = len(names)
     if args.labels is not None:
         words = [word.strip() for word in ",".join(args.labels).split(",")]
         if not all(word.isdecimal() and int(word) < classes for word in words):
@@ -165,10 +155,15 @@ def main():
     if args.num is not None:
         args.labels = args.labels or list(range(classes))
         or_exit(draw_npz, loaded, args, world)
-    elif args.rank == 0:
+    elif args.rank == 0:   # a row a class, or eight rows of the only class
         spread = [i * classes // min(classes, 10) for i in range(min(classes, 10))]
-        args.labels = args.labels or (SHOWCASE if classes == 1000 else spread)
-        draw_grid(loaded, args)
+        args.labels = [0] * 8 if classes == 1 else args.labels or (SHOWCASE if classes == 1000 else spread)
+        labels = np.repeat(args.labels, args.columns)
+        images, _ = draw(loaded, args, range(len(labels)), labels)
+        path = os.path.join(args.out, "samples.png")
+        titles = ["" if classes == 1 else " ".join(dict.fromkeys((str(c), names[c]))) for c in args.labels]
+        ae.save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), titles)
+        print(f"wrote {path}")
 
 if __name__ == "__main__":
     main()
