@@ -429,6 +429,8 @@ def from_checkpoint(ckpt, path="checkpoint"):
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} does not fit any autoencoder here: {' '.join(str(error).split())[:300]}")
     model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model" a checkpoint
+    if not hasattr(model, "image_size"):   # convolutions take any; that of training, None if it is not known
+        model.image_size = ckpt.get("args", {}).get("image_size")
     return model.eval()
 
 def resize_positions(state, grid):
@@ -491,8 +493,8 @@ def save_grid(path, rows, labels, columns=()):
     rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
     rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
     R, N, H, W, _ = rows.shape
-    font = ImageFont.load_default(14)
-    margin, top = 12 + int(max(map(font.getlength, labels))), 20 if columns else 0
+    font = ImageFont.load_default(max(14, H // 12))
+    margin, top = 12 + int(max(map(font.getlength, labels))), int(1.5 * font.size) if columns else 0
     canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
     canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)), (margin, top))
     draw = ImageDraw.Draw(canvas)

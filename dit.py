@@ -220,6 +220,8 @@ def load(path):
     """
     if not os.path.isfile(path):
         hint = f", but there is {path}/ckpt.pt" if os.path.exists(os.path.join(path, "ckpt.pt")) else ""
+        if os.path.exists(os.path.join(path, "source.json")):
+            hint = ": it is a latent cache, which belongs behind train_dit.py --cache"
         raise FileNotFoundError(f"there is no checkpoint file {path}{hint}")
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)

@@ -5,7 +5,7 @@
     python train_ae.py --data DIR --image_size 128              own images, the paper's settings
     torchrun --nproc_per_node=8 train_ae.py --model vmae --data imagenet/train
     python train_ae.py --data DIR --resume                      go on from the last checkpoint
-    python train_ae.py --eval --ckpt out/*/ckpt.pt --data VAL   judge autoencoders, a row each
+    python train_ae.py --eval --ckpt A.pt B.pt --data VAL       judge autoencoders, a row each
 
 Writes ckpt.pt, log.jsonl and recon.png (originals above reconstructions) into --out.
 """
@@ -105,7 +105,8 @@ FLAGS = {
         ("epochs", positive, {"conv": 4, "vit": 10}, {"conv": 20, "vit": 400, "tune": 10}, "ViT R, conv O"),
         ("steps", count, None, "optimiser steps; default: from --epochs"),
         ("warmup", weight, 1, {"conv": 1, "vit": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
-        ("schedule", one_of("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"}, "R, O"),
+        ("schedule", one_of("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"},
+         "of the learning rate after the warm-up, R, O"),
         ("batch", count, {"conv": 32, "vit": 64}, {"*": 2048, "sdvae": 256}, BATCH),
         ("micro_batch", count, 64, {"conv": 16, "sdvae": 8, "vit": 128, "tune": 32}, MICRO_BATCH),
         ("base_lr", weight, {"conv": 8e-3, "vit": 4e-3}, {"conv": 1e-5, "vit": 1e-4, "tune": 1e-5},
@@ -145,13 +146,14 @@ def parse_args(doc, flags, kind):
         description=doc, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100),
         argument_default=argparse.SUPPRESS, allow_abbrev=False, usage="%(prog)s [flags]",
         epilog="Sources of defaults: S supplement, R the authors' release and LightningDiT, V VQGAN and\n"
-        "latent diffusion, O our choice. demo: without --data, paper: with it.")
+        "latent diffusion, O our choice. demo: without --data, paper: with it. conv: ae, dae, vae, sdvae;\n"
+        "vit: mae, vmae; tune: with --tune_decoder.")
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
     for title, rows in flags.items():
         group = parser.add_argument_group(title)
         for name, how, *values, text in rows:
             shown = [", ".join(f"{key} {x}".removeprefix("* ") for key, x in value.items())
-                     if isinstance(value, dict) else str(value) for value in values]
+                     if isinstance(value, dict) else "none" if value is None else str(value) for value in values]
             if values != [None] and how is not on:
                 text += f" ({'demo' if values[1:] else 'default'}: {'; paper: '.join(shown)})"
             group.add_argument(f"--{name}", help=text, **how)
@@ -535,14 +537,18 @@ def ssim(x, y, data_range=2.0):
     structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x ** 2 + yy - mean_y ** 2 + c2)
     return (luminance * structure).view(-1, 3 * luminance[0].numel()).mean(1)
 
+def image_name(name):
+    """Numbers without leading zeros, which CelebAMask-HQ's images do not have and its masks do."""
+    return str(int(name)) if name.isdecimal() else name
+
 def find_masks(folder):
     """Label images by their image's name: ADE20K's NAME.png, CelebAMask-HQ's 00012_hair.png for image 12."""
     masks = {}
     for file in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.png"), recursive=True)):
         name = Path(file).stem
         number, _, part = name.partition("_")
-        owner, part = (str(int(number)), part) if part and number.isdigit() else (name, "")
-        masks.setdefault(owner, []).append((file, part))
+        owner, part = (number, part) if part and number.isdecimal() else (name, "")
+        masks.setdefault(image_name(owner), []).append((file, part))
     return masks
 
 def segments(files, grid):
@@ -551,6 +557,8 @@ def segments(files, grid):
         with Image.open(file) as image:
             image = image.convert("L") if part else image
             values = np.asarray(ImageOps.fit(image, (grid, grid), Image.NEAREST))
+        if values.ndim > 2:
+            sys.exit(f"--masks: {file} is in colour; a label image has one value a pixel, the label")
         for value in np.unique(values[values > 0]):
             yield part or int(value), values == value   # CelebAMask-HQ's name, ADE20K's value
 
@@ -590,7 +598,7 @@ def judge(net, args, images, masks, lpips, inception, rank, world):
     for part, (x, _) in zip(parts, load_batches(dataset, keys, args)):
         for index, z in zip(part, or_exit(net.encode, x).mode()):
             moments += power_sums(z.flatten(1))
-            files = masks.get(Path(images.files[index]).stem, []) if masks else []
+            files = masks.get(image_name(Path(images.files[index]).stem), []) if masks else []
             for label, mask in segments(files, z.shape[-1]):
                 found.append((label, power_sums(z[:, torch.from_numpy(mask).to(z.device)]).cpu()))
     n, total, squares = fid.all_reduce(moments)
@@ -635,10 +643,14 @@ def evaluate(args):
     """
     if not args.ckpt:
         sys.exit("--eval needs --ckpt CKPT [CKPT ...]")
+    if "micro_batch" not in args.given:
+        args.micro_batch = 16   # in float32, of any autoencoder
     args.batch = args.micro_batch * int(os.environ.get("WORLD_SIZE", 1))
     rank, world = setup(args)
+    nets = [or_exit(ae.load, path) for path in args.ckpt]   # all, before hours go into the first
     images, masks = Images(args.data, held_out=True), find_masks(args.masks) if args.masks else {}
-    if args.masks and (images.digits or not any(Path(file).stem in masks for file in images.files)):
+    if args.masks and (images.digits or not any(image_name(Path(file).stem) in masks
+                                            for file in images.files)):
         sys.exit(f"--masks {args.masks} holds no NAME.png or 00012_hair.png for the images of --data")
     absent = []
     def if_there(measure, load, *flags):
@@ -649,24 +661,26 @@ def evaluate(args):
     lpips = if_there("LPIPS", ae.lpips_vgg)
     inception = if_there("rFID", fid.load_inception, args.inception, bool(args.half_pixel))
 
-    rows, image_size = [], args.image_size
-    for path in args.ckpt:
-        net = or_exit(ae.load, path).to(args.device)
-        args.image_size = getattr(net, "image_size", image_size)   # a ViT has its own
+    rows, given = [], args.image_size if "image_size" in args.given else None
+    for path, net in zip(map(Path, map(os.path.abspath, args.ckpt)), nets):
+        net.to(args.device)
+        size = given if given and not hasattr(net, "grid") else net.image_size   # a ViT takes its own alone
+        args.image_size = size or (32 if images.digits else 256)
         quality, std = judge(net, args, images, masks, lpips, inception, rank, world)
-        x, name = preview_images(images, args), Path(os.path.abspath(path)).parent.name
+        x, name = preview_images(images, args), path.parent.name if path.stem == "ckpt" else path.stem
+        name += f"-{len(rows)}" * any(name == row["autoencoder"] for row in rows)
         columns = [ae.to_uint8(image) for image in [x, *perturbed(net, x, std, args, range(len(x)))]]
         if rank == 0:
             ae.save_grid(os.path.join(args.out, f"{name}.png"), np.stack(columns, 1), [""] * len(x),
-                         ["original", *map(str, EPS)])
+                         ["original", *(f"eps {eps:g}" for eps in EPS)])
         start = time.time()   # the pictures have warmed up
         for _ in range(3):
             z = net.encode(x).mode()
             net.decode(z).sum().item()   # waits for the device
         speed = 3 * len(x) / (time.time() - start)
         parameters = sum(p.numel() for p in net.parameters())
-        rows.append({"autoencoder": name, "parameters": parameters, "MiB": parameters * 4 / 2 ** 20,
-                     "GFLOPs encode": gflops(net, x[:1], method="encode"),
+        rows.append({"autoencoder": name, "pixels": args.image_size, "parameters": parameters,
+                     "MiB": parameters * 4 / 2 ** 20, "GFLOPs encode": gflops(net, x[:1], method="encode"),
                      "decode": gflops(net, z[:1], method="decode"), "images/s": speed, **quality})
     if rank == 0:
         print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
@@ -675,7 +689,9 @@ def evaluate(args):
             cells = [", ".join(map(show, v)) if isinstance(v, list) else show(v) for v in row.values()]
             print("| " + " | ".join(cells) + " |")
         print("\n".join(absent))
-        Path(args.out, "eval.json").write_text(json.dumps({"rows": rows, "not computed": absent}, indent=1))
+        rows = json.loads(json.dumps(rows), parse_constant=lambda nan: None)   # which JSON does not have
+        record = {"data": args.data, "ckpt": args.ckpt, "rows": rows, "not computed": absent}
+        Path(args.out, "eval.json").write_text(json.dumps(record, indent=1))
     if world > 1:
         dist.destroy_process_group()
 
@@ -694,19 +710,26 @@ def main():
         args.lr = args.base_lr * args.batch / 256
 
     torch.manual_seed(args.seed)   # weights start the same on every rank
-    for name in args.given & set().union(*map(flags_of, ae.MODELS)) - flags_of(args.model):
-        sys.exit(f"--{name} is not a flag of --model {args.model}")
+    allowed = flags_of(args.model)
+    if args.tune_decoder:
+        allowed -= {"mask_ratio", "visible", "masked", "kl", "prior_std"}
+    for name in args.given & set().union(*map(flags_of, ae.MODELS)) - allowed:
+        sys.exit(f"--{name} is not a flag of --model {args.model}{' --tune_decoder' * args.tune_decoder}")
+    for name in args.given & {"ckpt", "masks", "inception", "half_pixel"}:
+        sys.exit(f"--{name} is a flag of --eval: to start from a checkpoint, name it with --init")
     if args.tune_decoder and not (args.init or ckpt):
         sys.exit("--tune_decoder is VMAE's last stage: it needs --init CKPT")
     config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
     config["weights"] = {name: getattr(args, name) for name in ae.MODELS[args.model].weights}
     net = or_exit(ae.MODELS[args.model], **config).to(args.device)
     if args.init and not ckpt:
-        state = or_exit(ae.load, args.init).state_dict()
+        start = or_exit(ae.load, args.init)
+        state = start.state_dict()
         if "pos_embed" in state and hasattr(net, "grid"):
             state = ae.resize_positions(state, net.grid)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in net.state_dict().items()}:
-            sys.exit(f"--init {args.init} is of another model, or of other sizes than the flags say")
+            sys.exit(f"--init {args.init} is of another model or of other sizes than the flags say: "
+                     f"it holds a {start.recipe['name']} of {start.recipe['config']}")
         net.load_state_dict(state)
     if args.tune_decoder:   # what comes after the latent; not mask_token, nothing is masked
         net.requires_grad_(False)

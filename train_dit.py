@@ -39,14 +39,14 @@ FLAGS = {
         ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
     ],
     "model": [
-        ("model", one_of(*dit.DiT_models), "DiT-demo/1", "DiT-B/1", "S"),
-        ("image_size", count, 32, 256, "pixels a side, S; default of a ViT's latents: its own"),
+        ("model", one_of(*dit.DiT_models), "DiT-demo/1", "DiT-B/1", "size of the network, S"),
+        ("image_size", count, 32, 256, "pixels a side, S; default: those the autoencoder was trained at"),
         ("qk_norm", switch, 1, "1 or 0, RMSNorm of queries and keys, S"),
         ("class_dropout", share, 0.1, "share of labels dropped, of a single class none, R"),
         ("cosine_loss", on, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
     ],
     "optimisation": [
-        ("steps", count, 3300, None, "optimiser steps; paper: 100000, or 60000 with a single class, S"),
+        ("steps", count, 3300, 100000, "optimiser steps, of a single class 60000 by default, S"),
         ("batch", count, 32, 1024, BATCH),
         ("micro_batch", count, 32, MICRO_BATCH),
         ("lr", weight, 3e-3, 2e-4, "learning rate, S"),
@@ -87,8 +87,11 @@ class Cache:
         return torch.from_numpy(moments), torch.tensor(labels), []
     def fill(self, source, encode, dataset, args, rank, world):
         """Write the shards that are missing, every world-th one; refuse a folder made from another source."""
-        or_exit(os.makedirs, self.folder, exist_ok=True)
         path = os.path.join(self.folder, "source.json")
+        if rank == 0 and os.path.exists(self.folder) and not os.path.exists(path):
+            if os.path.isfile(self.folder) or set(os.listdir(self.folder)) - {"source.json.tmp"}:
+                sys.exit(f"--cache {self.folder} exists and is no latent cache: choose another folder")
+        or_exit(os.makedirs, self.folder, exist_ok=True)
         n = len(self.images)
         missing = [k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))]
         missing = missing[rank::world]
@@ -172,8 +175,8 @@ def main():
     rank, world = setup(args)
     images = Images(args.data)
     n, num_classes = len(images), len(images.classes)
-    if args.steps is None:
-        args.steps = 60000 if num_classes == 1 else 100000
+    if num_classes == 1 and not ckpt and "steps" not in args.given:
+        args.steps = 60000
     if num_classes == 1 or args.class_dropout == 0:   # no null class, no guidance
         if "cfg_scale" in args.given and args.cfg_scale > 1:
             sys.exit("--cfg_scale above 1 needs several classes and --class_dropout above 0")
@@ -183,8 +186,8 @@ def main():
 
     autoencoder = or_exit(ae.from_checkpoint, ckpt["ae"]) if ckpt else or_exit(ae.load, args.ae)
     autoencoder = autoencoder.to(args.device).requires_grad_(False)
-    if hasattr(autoencoder, "image_size") and "image_size" not in args.given:
-        args.image_size = autoencoder.image_size
+    if not ckpt and "image_size" not in args.given:
+        args.image_size = autoencoder.image_size or args.image_size
     autocast = functools.partial(torch.autocast, args.device.split(":")[0], torch.bfloat16,
                                  enabled=args.autocast)
 

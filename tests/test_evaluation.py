@@ -49,6 +49,14 @@ def test_ssim_is_scikit_image_s_with_a_gaussian_window():
         assert abs(ours.item() - theirs) < 1e-4
 
 
+def test_ssim_is_the_value_that_scikit_image_gave():
+    x = F.interpolate(normal(0, 3, 3, 12, 12), (48, 40), mode="bicubic").clamp(-1, 1)
+    y = (x + 0.2 * normal(1, 3, 3, 48, 40)).clamp(-1, 1)
+    assert np.allclose(
+        train_ae.ssim(x, y), [0.862512, 0.874022, 0.87211], atol=1e-4
+    )  # the call above, scikit-image 0.26.0
+
+
 def test_ssim_by_hand_of_constant_images():
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
     c1 = 0.02**2
@@ -94,6 +102,12 @@ def test_ade20k_label_images_are_cropped_as_the_photograph(tmp_path):
     assert found[7].tolist() == [[False] * 4] + [[False, False, True, True]] * 3
 
 
+def test_a_coloured_label_image_is_one_sentence(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="a.png is in colour"):
+        list(train_ae.segments([(tmp_path / "a.png", "")], 4))
+
+
 def test_celebamask_parts_belong_to_the_image_of_their_number(tmp_path):
     (tmp_path / "0").mkdir()
     for part, box in (("hair", (0, 0, 16, 4)), ("l_eye", (4, 8, 8, 12))):
@@ -101,7 +115,7 @@ def test_celebamask_parts_belong_to_the_image_of_their_number(tmp_path):
         image.paste((255, 255, 255), box)
         image.save(tmp_path / "0" / f"00012_{part}.png")
     masks = train_ae.find_masks(str(tmp_path))
-    assert list(masks) == ["12"]
+    assert list(masks) == ["12"] == [train_ae.image_name("00012")]
     found = dict(train_ae.segments(masks["12"], 4))
     assert found["hair"].tolist() == [[True] * 4] + [[False] * 4] * 3
     assert np.argwhere(found["l_eye"]).tolist() == [[2, 1]]
@@ -170,6 +184,37 @@ def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys
     for name in ("ours", "release", "diffusers"):
         width, height = Image.open(tmp_path / "eval" / f"{name}.png").size
         assert height // 66 == 10 and width // 66 == 1 + len(train_ae.EPS)
+
+
+def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(tmp_path, folder, capsys):
+    for name, size in (("ckpt", 48), ("other", 40)):
+        net = ae.AE(channels=(32, 32))
+        config = {"kind": "autoencoder", "name": "ae", "config": {"channels": [32, 32]}}
+        torch.save(
+            {**config, "args": {"image_size": size}, "model": net.state_dict()}, tmp_path / f"{name}.pt"
+        )
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "ckpt.pt").symlink_to(tmp_path / "ckpt.pt")
+    torch.save(net.state_dict(), tmp_path / "few.pt")  # as diffusers': no size is known
+    for path in sorted((folder / "cats").iterdir())[:3]:
+        (tmp_path / "few" / path.name).symlink_to(path)
+    files = [tmp_path / name for name in ("ckpt.pt", "other.pt", "few/ckpt.pt", "few.pt")]
+    flags = ("--eval", "--data", tmp_path / "few", "--workers", 0, "--out", tmp_path / "eval", "--ckpt")
+    run(train_ae, *flags, *files)
+    text = (tmp_path / "eval" / "eval.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    rows = record["rows"]
+    assert [row["autoencoder"] for row in rows] == [tmp_path.name, "other", "few", "few-3"]
+    assert [row["pixels"] for row in rows] == [48, 40, 48, 256]
+    assert record["ckpt"] == list(map(str, files)) and rows[0]["rFID"] is None
+    row, parameters = rows[3], sum(p.numel() for p in net.parameters())
+    assert row["parameters"] == parameters and row["MiB"] == parameters * 4 / 2**20 and row["images/s"] > 0
+    assert row["GFLOPs encode"] == train_ae.gflops(net, torch.zeros(1, 3, 256, 256), method="encode")
+
+    torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(1)}}, tmp_path / "dit.pt")
+    capsys.readouterr()
+    assert "dit.pt" in fails(train_ae, *flags, *files, tmp_path / "dit.pt")
+    assert "|" not in capsys.readouterr().out  # before the first is judged
 
 
 def test_smoothness_falls_with_eps_and_two_processes_say_the_same(tmp_path, tiny_vmae):
@@ -340,7 +385,7 @@ def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae):
     assert "no checkpoint file" in fails(
         train_ae, "--eval", "--ckpt", tmp_path / "none.pt", "--out", tmp_path / "b"
     )
-    assert "other sizes" in fails(train_ae, "--init", tiny_vmae, "--out", tmp_path / "c")
+    assert "'hidden_size': 32" in fails(train_ae, "--init", tiny_vmae, "--out", tmp_path / "c")
     assert "other sizes" in fails(
         train_ae, "--init", tiny_vmae, "--model", "ae", *TINY_CONV, "--out", tmp_path / "d"
     )

@@ -577,6 +577,9 @@ def wrong_autoencoder_runs(tmp):
     yield ("--model", "ae", "--mask_ratio", 0.5), "--mask_ratio is not a flag of --model ae"
     yield ("--kl", 0, "--model", "mae"), "--kl is not a flag of --model mae"
     yield ("--disc_start", 3), "--disc_start is not"
+    yield ("--recon", "l1"), "--recon is not a flag of --model vmae"
+    yield ("--tune_decoder", "--init", "a.pt", "--mask_ratio", 0.5), "--model vmae --tune_decoder"
+    yield ("--ckpt", "a.pt"), "--init"
 
 
 def test_mistakes_with_train_ae_get_one_sentence(tmp_path):
@@ -608,13 +611,41 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence(tmp_path, tiny_vmae
         assert flag in fails(sample, "--ckpt", tiny_dit, flag, -1)
     assert "class numbers" in fails(sample, "--ckpt", tiny_dit, "--labels", "")
     torch.save({"mean": [0.0] * 3, "std": [1.0] * 3}, tmp_path / "stats.pt")
-    assert "do not fit" in fails(sample, "--ckpt", tiny_dit, "--stats", tmp_path / "stats.pt")
+    assert "--ae, --stats" in fails(sample, "--ckpt", tiny_dit, "--stats", tmp_path / "stats.pt")
     assert "no checkpoint file" in fails(sample, "--ckpt", tmp_path / "nothing.pt")
     assert "belongs behind" in fails(sample, "--ckpt", tiny_vmae)
     assert "classes 0 to 9" in fails(sample, "--ckpt", tiny_dit, "--labels", "3,10")
     assert "class numbers" in fails(sample, "--ckpt", tiny_dit, "--labels", "cat")
     assert "--num" in fails(sample, "--ckpt", tiny_dit, "--num", 0)
     assert "--steps" in fails(sample, "--ckpt", tiny_dit, "--steps", 0)
+
+
+def test_a_cache_is_not_made_of_another_folder_nor_taken_for_a_checkpoint(tmp_path, tiny_vmae, folder):
+    out = ("--out", tmp_path / "out", "--ae", tiny_vmae)
+    for place in (folder, tiny_vmae):
+        before = sorted(place.iterdir()) if place.is_dir() else place.read_bytes()
+        assert "no latent cache" in fails(train_dit, *out, "--cache", place)
+        assert before == (sorted(place.iterdir()) if place.is_dir() else place.read_bytes())
+    (tmp_path / "source.json").write_text("{}")
+    assert "train_dit.py --cache" in fails(sample, "--ckpt", tmp_path)
+
+
+def test_latents_are_of_images_of_the_size_the_autoencoder_was_trained_at(tmp_path, folder):
+    flags = ("--data", folder, "--workers", 0, "--batch", 8, "--steps", 1)
+    run(train_ae, *flags, "--model", "ae", *TINY_CONV, "--image_size", 48, "--out", tmp_path / "ae")
+    small = ("--model", "DiT-demo/1", "--sample_steps", 1, "--cfg_scale", 1)
+    run(train_dit, *flags, *small, "--ae", tmp_path / "ae" / "ckpt.pt", "--out", tmp_path / "dit")
+    args = torch.load(tmp_path / "dit" / "ckpt.pt", weights_only=True)["args"]
+    assert args["image_size"] == 48 and args["latent_shape"] == [16, 24, 24]
+
+
+@pytest.mark.parametrize("module", [train_ae, train_dit, sample])
+def test_help_is_narrow_and_has_a_default_of_every_setting(module, capsys):
+    with pytest.raises(SystemExit):
+        run(module, "--help")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100 and "None" not in text
+    assert " ".join(text.split()).count("demo:") >= 5
 
 
 def test_lpips_without_its_weights_stops_the_run(tmp_path, folder, monkeypatch):
