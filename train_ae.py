@@ -153,7 +153,7 @@ def parse_args(doc, flags, kind):
         group = parser.add_argument_group(title)
         for name, how, *values, text in rows:
             shown = [", ".join(f"{key} {x}".removeprefix("* ") for key, x in value.items())
-                     if isinstance(value, dict) else "none" if value is None else str(value) for value in values]
+                     if isinstance(value, dict) else str(value).replace("None", "none") for value in values]
             if values != [None] and how is not on:
                 text += f" ({'demo' if values[1:] else 'default'}: {'; paper: '.join(shown)})"
             group.add_argument(f"--{name}", help=text, **how)
