@@ -702,8 +702,7 @@ def main():
     rank, world = setup(args)
     images = Images(args.data)
     n = len(images)
-    if args.steps is None:
-        args.steps = max(1, round(args.epochs * n / args.batch))
+    args.steps = args.steps or max(1, round(args.epochs * n / args.batch))
     if ckpt and finished(args, ckpt, images):
         return
     if args.lr is None:
