@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import RandomResizedCrop
 
@@ -758,7 +759,7 @@ def main():
         compiled = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
     for module in compiled if args.compiled else ():
         module.compile()
-    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
         preview = preview_images(Images(held_out=True) if images.digits else images, args)

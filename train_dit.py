@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import dit
@@ -224,7 +225,7 @@ def main():
     del ckpt
     if args.compiled:
         net.compile()
-    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
     if rank == 0:
         introduce(args, images, world, net, torch.zeros(1, *args.latent_shape), torch.zeros(1),
                   torch.zeros(1, dtype=torch.long))
