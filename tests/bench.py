@@ -394,19 +394,24 @@ def script(*command, **variables):
 @rows("two processes of one thread beside one of two")
 def processes(name):
     """Steps a second by the log, without the start."""
-    flags = "--model vmae --hidden_size 192 --depth 6 --decoder_depth 6 --num_heads 6 --device cpu --batch 64"
-    flags = [*flags.split(), *"--steps 100 --log_every 20 --ckpt_every 1000000".split()]
+    flags = "--model vmae --hidden_size 192 --depth 6 --decoder_depth 6 --num_heads 6 --device cpu"
+    flags = [*flags.split(), *"--ckpt_every 1000000".split()]
 
-    def step_seconds(*start, threads):
-        out = folder()
-        script(*start, "train_ae.py", *flags, "--out", out, OMP_NUM_THREADS=threads)
+    def step_seconds(batch, *start, threads):
+        out, logged = folder(), 1280 // batch
+        steps = ("--batch", str(batch), "--steps", str(5 * logged), "--log_every", str(logged))
+        script(*start, "train_ae.py", *flags, *steps, "--out", out, OMP_NUM_THREADS=threads)
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return 64 / statistics.median(line["images_per_s"] for line in lines[-4:])
+        return batch / statistics.median(line["images_per_s"] for line in lines[-4:])
 
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    ours, peer = lambda: step_seconds(*torchrun, threads="1"), lambda: step_seconds(threads="2")
-    how = {"clock": lambda function: function(), "warm_up": 0, "note": "a wider VMAE of the demo on the CPU"}
-    return {"ours": ours, "peer": ("one process", peer), "per": (1, "steps/s"), **how}
+    def line(batch):
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        ours = functools.partial(step_seconds, batch, *torchrun, threads="1")
+        peer = ("one process", functools.partial(step_seconds, batch, threads="2"))
+        how = {"clock": lambda function: function(), "warm_up": 0, "per": (batch, "images/s")}
+        return {"ours": ours, "peer": peer, "note": f"a wider VMAE of the demo, batch {batch}", **how}
+
+    return [line(64), line(256)]
 
 
 @rows("start")
