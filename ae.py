@@ -65,7 +65,8 @@ def objective(model, terms, x, x_hat, perceptual):
     """What every forward returns: the terms and LPIPS weighted and summed, the terms detached, the images."""
     if perceptual is not None:
         terms["lpips"] = perceptual(x_hat, x)
-    loss = sum(model.weights.get(name, 1.0) * term for name, term in terms.items())   # recon has none
+    weights = {"recon": 1.0, **model.weights}
+    loss = sum(weights[name] * term for name, term in terms.items())
     return loss, {name: term.detach() for name, term in terms.items()}, x_hat
 
 # ---- The convolutional backbone: the Stable Diffusion 3 VAE, tensor names of diffusers' AutoencoderKL ----
@@ -183,7 +184,7 @@ class VAE(AE):
         return objective(self, terms, x, x_hat, perceptual)
 
 class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * -mean D(x_hat)."""
+    """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * generator_loss."""
     weights = {"kl": 5e-9, "lpips": 1.0}
 
 class Discriminator(nn.Sequential):
@@ -204,6 +205,10 @@ def disc_loss(real_logits, fake_logits, kind="hinge"):
         raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
     penalty = F.softplus if kind == "vanilla" else lambda logits: F.relu(1 + logits)
     return 0.5 * (penalty(-real_logits).mean() + penalty(fake_logits).mean())
+
+def generator_loss(fake_logits):
+    """The adversarial term as the autoencoder minimises it, in both variants."""
+    return -fake_logits.mean()
 
 def adaptive_weight(loss, adv, last_layer):
     """VQGAN's factor, which gives both gradients one norm at the decoder's last weight (no KL reaches it)."""

@@ -780,7 +780,7 @@ def main():
                 loss, terms, x_hat = model(x, perceptual=perceptual, **draw)
                 if adversarial:   # the third term of eq. 6
                     disc.requires_grad_(False)   # its gradients are to come from its own loss alone
-                    adv = -disc(x_hat).float().mean()   # in both variants
+                    adv = ae.generator_loss(disc(x_hat).float())
                     adaptive = ae.adaptive_weight(loss, adv, net.decoder.conv_out.weight)
                     loss = loss + args.disc_weight * adaptive * adv
                     disc.requires_grad_(True)

@@ -233,7 +233,7 @@ def autoencoder_training(name):
                 loss, terms, x_hat = net(x, perceptual=perceptual, **draws)
                 if adversarial:  # as train_ae.main
                     disc.requires_grad_(False)
-                    adv = -disc(x_hat).float().mean()
+                    adv = ae.generator_loss(disc(x_hat).float())
                     adaptive = ae.adaptive_weight(loss, adv, net.decoder.conv_out.weight)
                     loss = loss + 0.5 * adaptive * adv
                     disc.requires_grad_(True)
