@@ -72,9 +72,9 @@ def load(args):
     channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
     fits = channels == autoencoder.latent_dim == len(mean) == len(std)
     if not fits or size != getattr(autoencoder, "grid", size):
-        sys.exit(f"the DiT draws latents of {channels} channels, {size} x {size}, the autoencoder has "
-                 f"{autoencoder.latent_dim}, {getattr(autoencoder, 'grid', 'any')} a side, the statistics "
-                 f"{len(mean)} and {len(std)} channels: name those it was trained on with --ae, --stats")
+        sys.exit(f"the autoencoder ({autoencoder.latent_dim} channels, {getattr(autoencoder, 'grid', 'any')} "
+                 f"a side) or the statistics ({len(mean)}, {len(std)} channels) do not fit the DiT's latents "
+                 f"({channels} channels, {size} a side): name those it was trained on with --ae, --stats")
     defaults = info["args"] if info.get("kind") == "dit" else PAPER
     if model.class_dropout_prob == 0:
         defaults = {**defaults, "cfg_scale": 1.0}

@@ -6,11 +6,11 @@
     python tests/bench.py --row "latent cache"     one row, in this process, as JSON
 
 Each row runs in a process of its own, so that its peak memory is its own: on a CPU the process's largest
-resident set, on a GPU PyTorch's largest allocation after the warm-up, the peer's included. Ours and the peer, where it is
-installed, take turns round by round: medians, and the median of the rounds' ratios. Training rows time
-train_ae.Run.step and what the scripts do around it, all but the loading. FLOP/s are of forward and backward
-passes, a multiply and an add two; their share is of the rate of square matrix products in the same
-arithmetic. Weights are random.
+resident set, on a GPU PyTorch's largest allocation after the warm-up, the peer's included. Ours and the
+peer, where it is installed, take turns round by round: medians, and the median of the rounds' ratios.
+Training rows time train_ae.Run.step and what the scripts do around it, all but the loading. FLOP/s are of
+forward and backward passes, a multiply and an add two; their share is of the rate of square matrix products
+in the same arithmetic. Weights are random.
 """
 
 import argparse
@@ -393,14 +393,13 @@ def script(*command, **variables):
 
 @rows("two processes of one thread beside one of two")
 def processes(name):
-    """Steps a second by the log, without the start."""
-    flags = "--model vmae --hidden_size 192 --depth 6 --decoder_depth 6 --num_heads 6 --device cpu"
-    flags = [*flags.split(), *"--ckpt_every 1000000".split()]
+    """Images a second by the log, without the start."""
+    flags = "--hidden_size 192 --depth 6 --decoder_depth 6 --num_heads 6 --device cpu --ckpt_every 1000000"
 
     def step_seconds(batch, *start, threads):
         out, logged = folder(), 1280 // batch
         steps = ("--batch", str(batch), "--steps", str(5 * logged), "--log_every", str(logged))
-        script(*start, "train_ae.py", *flags, *steps, "--out", out, OMP_NUM_THREADS=threads)
+        script(*start, "train_ae.py", *flags.split(), *steps, "--out", out, OMP_NUM_THREADS=threads)
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return batch / statistics.median(line["images_per_s"] for line in lines[-4:])
 

@@ -378,6 +378,7 @@ def test_the_ablation_s_rows_differ_in_flags(tmp_path, folder, flags, terms):
     )
     line = log_of(tmp_path / "a")[-1]
     assert line.keys() & {"visible", "masked", "kl", "lpips"} == terms
+    assert np.isfinite(line["visible"])
     weights = {"visible": 0.5, "masked": 0.5, "kl": 0 if "--kl" in flags else 1e-6}
     assert abs(line["loss"] - sum(weights[name] * line[name] for name in terms)) < 1e-6
 
@@ -387,7 +388,8 @@ def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae):
     assert "no checkpoint file" in fails(
         train_ae, "--eval", "--ckpt", tmp_path / "none.pt", "--out", tmp_path / "b"
     )
-    assert "'hidden_size': 32" in fails(train_ae, "--init", tiny_vmae, "--out", tmp_path / "c")
+    message = fails(train_ae, "--init", tiny_vmae, "--out", tmp_path / "c")
+    assert "other sizes" in message and "'hidden_size': 32" in message
     assert "other sizes" in fails(
         train_ae, "--init", tiny_vmae, "--model", "ae", *TINY_CONV, "--out", tmp_path / "d"
     )

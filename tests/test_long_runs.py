@@ -381,7 +381,7 @@ def test_the_gradient_norm_is_that_of_all_gradients_and_clipping_scales_them(tmp
 
 @pytest.fixture
 def odd_images(tmp_path):
-    """One of each kind, those that can be read and those that cannot, in a folder with a space and an umlaut."""
+    """One of each kind, readable and unreadable, in a class folder with a space and an umlaut."""
     root = tmp_path / "pictures" / "größe 1"
     root.mkdir(parents=True)
     ramp = np.linspace(0, 255, 40 * 50).reshape(40, 50)

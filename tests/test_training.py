@@ -611,7 +611,8 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence(tmp_path, tiny_vmae
         assert flag in fails(sample, "--ckpt", tiny_dit, flag, -1)
     assert "class numbers" in fails(sample, "--ckpt", tiny_dit, "--labels", "")
     torch.save({"mean": [0.0] * 3, "std": [1.0] * 3}, tmp_path / "stats.pt")
-    assert "--ae, --stats" in fails(sample, "--ckpt", tiny_dit, "--stats", tmp_path / "stats.pt")
+    message = fails(sample, "--ckpt", tiny_dit, "--stats", tmp_path / "stats.pt")
+    assert "do not fit" in message and "--ae, --stats" in message
     assert "no checkpoint file" in fails(sample, "--ckpt", tmp_path / "nothing.pt")
     assert "belongs behind" in fails(sample, "--ckpt", tiny_vmae)
     assert "classes 0 to 9" in fails(sample, "--ckpt", tiny_dit, "--labels", "3,10")
