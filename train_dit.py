@@ -19,8 +19,8 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import dit
@@ -128,8 +128,8 @@ class Cache:
 
 def crop_and_flip(size, mirror, image, index, epoch, flip):
     """The transform of Batches: flipped after the crop, where mirror is True and the key says so."""
-    image = center_crop(image, size)
-    return image.transpose(Image.FLIP_LEFT_RIGHT) if flip and mirror else image
+    pixels = pil_to_tensor(center_crop(image, size))
+    return pixels.flip(-1) if flip and mirror else pixels
 
 def cache_source(args, images, autoencoder):
     """What makes a cache valid: the autoencoder's weights, the files, the size."""

@@ -411,7 +411,8 @@ def odd_images(tmp_path):
 def test_odd_images_are_read_or_skipped_by_name(odd_images, capsys):
     root, good, bad = odd_images
     images = train_ae.Images(str(root.parent))
-    dataset = train_ae.Batches(images, lambda image, *key: train_ae.center_crop(image, 32), tolerate=1)
+    show = train_ae.functools.partial(train_ae.augment, 32, 0, False)
+    dataset = train_ae.Batches(images, show, tolerate=1)
     keys = [[(i, 0, False)] for i in range(len(images))]
     args = train_ae.argparse.Namespace(device="cpu", workers=2)
     batches = list(train_ae.load_batches(dataset, keys, args))
