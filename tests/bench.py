@@ -299,7 +299,7 @@ def sampling(name):
 
 @rows("loading of JPEGs")
 def image_loading(name):
-    """Cropped, resized, flipped, on one core; both sides yield the same pixels."""
+    """Cropped, resized, flipped, on one core; both sides yield the same pixels to 1/255, but for single ones."""
     from torchvision import datasets
     from torchvision import transforms as T
 
@@ -324,7 +324,8 @@ def image_loading(name):
     theirs = lambda: torch.utils.data.default_collate([dataset[i] for i in range(64)])
     seeds = [train_ae.seed_of(0, 0, i) for i in range(64)]  # as train_ae.augment's
     same = torch.stack([torch.manual_seed(seed) and dataset[i][0] for i, seed in enumerate(seeds)])
-    assert (ours()[0] - (same * 255).round()).abs().max() <= 1 and torch.get_num_threads() == 1
+    levels = (ours()[0] - (same * 255).round()).abs()
+    assert levels.max() <= 2 and (levels > 1).float().mean() < 2e-6 and torch.get_num_threads() == 1
     peer, note = (version("torchvision"), theirs), f"500 x 375 of {size:.0f} kB, to 256"
     return dict(ours=ours, peer=peer, per=(64, "images/s a core"), note=note)
 
@@ -394,23 +395,24 @@ def script(*command, **variables):
 @rows("two processes of one thread beside one of two")
 def processes(name):
     """Images a second by the log, without the start."""
-    flags = "--hidden_size 192 --depth 6 --decoder_depth 6 --num_heads 6 --device cpu --ckpt_every 1000000"
+    wider = "--hidden_size 192 --depth 6 --decoder_depth 6 --num_heads 6".split()
 
-    def step_seconds(batch, *start, threads):
-        out, logged = folder(), 1280 // batch
-        steps = ("--batch", str(batch), "--steps", str(5 * logged), "--log_every", str(logged))
-        script(*start, "train_ae.py", *flags.split(), *steps, "--out", out, OMP_NUM_THREADS=threads)
+    def step_seconds(flags, batch, *start, threads):
+        out, logged = folder(), 2560 // batch
+        flags = (*flags, "--batch", batch, "--steps", 5 * logged, "--log_every", logged, "--out", out)
+        flags = ("train_ae.py", "--device", "cpu", "--ckpt_every", 10**6, *flags)
+        script(*start, *flags, OMP_NUM_THREADS=threads)
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return batch / statistics.median(line["images_per_s"] for line in lines[-4:])
 
-    def line(batch):
+    def line(note, flags, batch):
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-        ours = functools.partial(step_seconds, batch, *torchrun, threads="1")
-        peer = ("one process", functools.partial(step_seconds, batch, threads="2"))
+        ours = functools.partial(step_seconds, flags, batch, *torchrun, threads="1")
+        peer = ("one process", functools.partial(step_seconds, flags, batch, threads="2"))
         how = {"clock": lambda function: function(), "warm_up": 0, "per": (batch, "images/s")}
-        return {"ours": ours, "peer": peer, "note": f"a wider VMAE of the demo, batch {batch}", **how}
+        return {"ours": ours, "peer": peer, "note": f"{note}, batch {batch}", **how}
 
-    return [line(64), line(256)]
+    return [line("the demo's VMAE", [], 64), *(line("a wider one", wider, batch) for batch in (64, 256))]
 
 
 @rows("start")
