@@ -36,10 +36,11 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 def rotate(x, cos, sin):
-    """Rotary positions: channels (2i, 2i + 1) of x (B, heads, L, d) turn by an angle, tables (L, d)."""
-    pairs = x.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+    """Rotary positions: channels (2i, 2i + 1) of x (B, L, heads, d) turn by an angle, tables (L, d)."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, ::2], sin[:, None, ::2]   # the tables hold each angle twice
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
+    return turned.flatten(-2).to(x.dtype)
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads, qk_norm):
@@ -51,10 +52,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
     def forward(self, x, cos, sin):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))   # (B, L, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (B, heads, L, d)
+        q, k, v = qkv.unbind(2)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))   # (B, heads, L, d)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 class SwiGLU(nn.Module):

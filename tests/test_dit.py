@@ -76,7 +76,7 @@ def test_a_single_class_has_no_null_row_and_refuses_guidance():
 def test_attention_depends_on_relative_positions_alone():
     cos, sin = dit.rotary_tables(16, 6)
     q, k = normal(0, 16), normal(1, 16)
-    turned = lambda x: dit.rotate(x.expand(1, 1, 36, 16), cos, sin)[0, 0].view(6, 6, 16)
+    turned = lambda x: dit.rotate(x.expand(1, 36, 1, 16), cos, sin)[0, :, 0].view(6, 6, 16)
     scores = torch.einsum("ijd,kld->ijkl", turned(q), turned(k))
     torch.testing.assert_close(scores[1, 2, 3, 1], scores[2, 4, 4, 3])  # both differ by (+2, -1)
     assert abs(scores[1, 2, 3, 1] - scores[1, 2, 2, 0]) > 1e-3  # another difference, another score
