@@ -299,7 +299,7 @@ def sampling(name):
 
 @rows("loading of JPEGs")
 def image_loading(name):
-    """Cropped, resized, flipped, on one core; both sides yield the same pixels to 1/255, but for single ones."""
+    """Cropped, resized, flipped, on one core; both yield the same pixels to 1/255, but for single ones."""
     from torchvision import datasets
     from torchvision import transforms as T
 
