@@ -104,12 +104,14 @@ class Level(nn.Module):
     """`depth` residual blocks; "middle" has attention after the first, "down" halves, "up" doubles H, W."""
     def __init__(self, a, b, depth, kind):
         super().__init__()
-        down = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(b, b, 3, stride=2))   # right, bottom
-        up = named(upsample=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(b, b, 3, padding=1))
         self.resnets = nn.ModuleList(ResnetBlock(b if i else a, b) for i in range(depth))
         self.attentions = nn.ModuleList([SpatialAttention(b)] if kind == "middle" else [])
-        self.downsamplers = nn.ModuleList([down] if kind == "down" else [])
-        self.upsamplers = nn.ModuleList([up] if kind == "up" else [])
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        if kind == "down":   # padded right and below
+            self.downsamplers.append(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(b, b, 3, stride=2)))
+        if kind == "up":
+            upsample = nn.Upsample(scale_factor=2.0)
+            self.upsamplers.append(named(upsample=upsample, conv=nn.Conv2d(b, b, 3, padding=1)))
     def forward(self, x):
         x = self.resnets[0](x)
         for layer in (*self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
