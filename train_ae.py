@@ -425,7 +425,7 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def augment(size, seed, photographs, image, index, epoch, flip):
-    """The transform of Batches: random-resized crop, and a flip half of the time, by (seed, epoch, index)."""
+    """The transform of Batches: a random-resized crop by (seed, epoch, index), flipped where the key says so."""
     if not photographs:   # digits, pictures for a look
         return pil_to_tensor(center_crop(image, size))
     torch.default_generator.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from it
@@ -433,7 +433,7 @@ def augment(size, seed, photographs, image, index, epoch, flip):
     pixels = pil_to_tensor(image.crop((left, top, left + width, top + height)))[None]
     # Pillow's resize, width first, in a third of its time; to 1/255, a value in a million to 2/255
     pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
-    return pixels.flip(-1) if torch.rand(()) < 0.5 else pixels
+    return pixels.flip(-1) if flip else pixels
 
 class Batches(torch.utils.data.Dataset):
     """Micro-batches, each made by one worker: [[(index, *key), ...]] -> uint8 (B, 3, S, S), labels (B,), bad.
