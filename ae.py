@@ -1,18 +1,21 @@
 """The six autoencoders of the paper (supplement, section A), their objectives, and the loading of weights.
 
-    AE (eq. 3)   DAE (eq. 4)   VAE (eq. 5)   SDVAE (eq. 6)      convolutional, the Stable Diffusion 3 VAE
-    MAE (eq. 7)  VMAE (main paper, section 4)                   ViT with masking
+    AE (eq. 3)   DAE (eq. 4)   VAE (eq. 5)   SDVAE (eq. 6)      convolutional: the Stable Diffusion 3 VAE
+    MAE (eq. 7)  VMAE (main paper, section 4)                   a ViT with masking
 
-    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f); ValueError if H, W do not fit
+    encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)
     decode(z) -> images         z (B, C, H/f, W/f) -> (B, 3, H, W), about [-1, 1], not clamped
     forward(x, noise=None, ids_shuffle=None, perceptual=None) -> loss, terms, reconstruction
 
-forward *is* the objective, so that DDP and torch.compile see all of it: the sum of `terms` (detached scalars)
-times model.weights. Reconstruction terms are means over values, KL terms are summed over channels, averaged
-over positions and images. Its random numbers may be handed in: noise is standard normal in the shape of the
-latents (VAE, SDVAE; VMAE: (B, keep, C), in the order of the visible tokens) or of the image (DAE);
-ids_shuffle (B, L) permutes each image's patches, the first `keep` are visible. randomness(n, size, generator)
-draws them for n images of size x size pixels. perceptual is a callable (x_hat, x) -> scalar like LPIPS.
+The forward pass *is* the objective, so that DDP and torch.compile see all of it. One convention of
+scale holds for all six: reconstruction terms are means over pixel values, KL terms are summed over
+the latent's channels and averaged over positions and images.
+
+Everything random in a forward pass can be passed in; what is not passed in is drawn. `noise` is
+standard normal, shaped like the latents (VAE, SDVAE), like the visible tokens' latents (VMAE:
+(B, keep, C), in the order of the visible tokens) or like the image (DAE). `ids_shuffle` (B, L)
+permutes the patches of each image; the first `keep` of them are visible. `perceptual` is a callable
+(x_hat, x) -> scalar, such as LPIPS.
 """
 
 import argparse
@@ -24,9 +27,11 @@ import os
 import pickle
 import struct
 import sys
+import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,49 +39,266 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-# what reading a file raises that is no checkpoint, or lost a part
-NO_CHECKPOINT = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error,
-                 AttributeError, TypeError, OverflowError, zipfile.BadZipFile)
 
 class Posterior:
-    """A diagonal Gaussian over latents, float32; moments hold mean, then log-variance, along `dim`."""
+    """A diagonal Gaussian over latents, in float32.
+
+    moments: mean and log-variance, stacked along `dim`. Where `deterministic` (AE, DAE, MAE), a
+    sample is the mean.
+    """
+
     def __init__(self, moments, deterministic=False, dim=1):
         self.mean, logvar = moments.float().chunk(2, dim)
         self.logvar = logvar.clamp(-30, 20)
-        self.deterministic = deterministic   # AE, DAE and MAE: a sample is the mean
+        self.deterministic = deterministic
+
     def sample(self, noise=None):
         if self.deterministic:
             return self.mean
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + torch.exp(0.5 * self.logvar) * noise
+
     def mode(self):
         return self.mean
 
+
 def kl_normal(mean, logvar, dim=1):
-    """KL(N(mean, e^logvar) || N(0, 1)), eqs. 5 and 6: summed over dim, mean of the rest."""
+    """KL(N(mean, var) || N(0, 1)) of eqs. 5 and 6, summed over `dim`, averaged over the rest."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim).mean()
 
+
 def kl_unit(logvar, prior_std=1.0, dim=-1):
-    """VMAE's KL, the mean left free: 1/2 (var/s^2 - 1 - log var/s^2), summed over dim, mean of the rest."""
+    """VMAE's KL, which leaves the mean free: 1/2 (var/s^2 - 1 - log var/s^2) with s = prior_std.
+
+    Summed over `dim`, averaged over the rest (main paper, section 4).
+    """
     logvar = logvar - 2 * math.log(prior_std)
     return 0.5 * (logvar.exp() - 1 - logvar).sum(dim).mean()
 
-def objective(model, terms, x, x_hat, perceptual):
-    """What every forward returns: the terms and LPIPS weighted and summed, the terms detached, the images."""
-    if perceptual is not None:
-        terms["lpips"] = perceptual(x_hat, x)
-    weights = {"recon": 1.0, **model.weights}
-    loss = sum(weights[name] * term for name, term in terms.items())
-    return loss, {name: term.detach() for name, term in terms.items()}, x_hat
 
-# ---- The convolutional backbone: the Stable Diffusion 3 VAE, tensor names of diffusers' AutoencoderKL ----
+class Autoencoder(nn.Module):
+    """What the six have in common.
 
-def named(**layers):
-    """One layer after the other, under the names that their tensors have in checkpoints."""
-    return nn.Sequential(OrderedDict(layers))
+    A class says with `deterministic` whether its latent is the posterior's mean, with `masked`
+    whether it is a ViT that is trained on visible patches (and takes images of `image_size` pixels
+    only), and with `weights` the lambda of each term of its objective. Each instance has
+    `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a latent position;
+    and `image_size`, the pixels on a side of the images it was trained on, None if that is unknown.
+    """
+
+    deterministic = True
+    masked = False
+    weights = {}
+
+    def __init__(self, latent_dim, patch_size, image_size, weights):
+        super().__init__()
+        self.latent_dim, self.patch_size, self.image_size = latent_dim, patch_size, image_size
+        # Weights that are not given keep the class's values.
+        self.weights = self.weights | dict(weights)
+
+    def latent_shape(self, height, width):
+        """(C, h, w) of the latents of images of this size; raises UserError if it does not fit."""
+        f = self.patch_size
+        if height % f or width % f:
+            raise UserError(f"image size {(height, width)} is not a multiple of {f} pixels")
+        return self.latent_dim, height // f, width // f
+
+    def randomness(self, n, size, generator):
+        """The random arguments of forward for n images of size x size pixels, by name."""
+        return {}
+
+    def objective(self, terms, x, x_hat, perceptual):
+        """sum_i lambda_i * term_i, the terms as detached scalars, the reconstruction.
+
+        Every forward returns this. LPIPS joins the terms here; the reconstruction term of eqs. 3 to
+        6 has no lambda.
+        """
+        if perceptual is not None:
+            terms["lpips"] = perceptual(x_hat, x)
+        weights = {"recon": 1.0, **self.weights}
+        loss = sum(weights[name] * term for name, term in terms.items())
+        return loss, {name: term.detach() for name, term in terms.items()}, x_hat
+
+
+# ---- The convolutional four, on the Stable Diffusion 3 VAE ----
+# Modules are named as in diffusers' AutoencoderKL, so that its weights load as they are.
+
+
+class AE(Autoencoder):
+    """Autoencoder, eq. 3: |x - g(f(x))|^2. DAE, VAE and SDVAE share its network.
+
+    channels: widths of the levels, multiples of 32; each level but the last halves the resolution.
+    Raises UserError for other widths.
+    """
+
+    weights = {"lpips": 0.0}
+
+    def __init__(
+        self,
+        channels=(128, 256, 512, 512),
+        latent_dim=16,  # channels C of the latent
+        recon="mse",  # eq. 3, or "l1" as in VQGAN
+        image_size=None,  # pixels on a side in training; any multiple of f can be encoded
+        weights=(),  # lambda of terms, by name
+    ):
+        if any(width % 32 for width in channels):
+            raise UserError(f"--channels {' '.join(map(str, channels))} are not multiples of 32")
+        super().__init__(latent_dim, 2 ** (len(channels) - 1), image_size, weights)
+        self.recon_loss = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]
+        narrow, wide = channels[0], channels[-1]
+
+        self.encoder = named(
+            conv_in=nn.Conv2d(3, narrow, 3, padding=1),
+            down_blocks=levels(DownBlock, channels),
+            mid_block=MidBlock(wide),
+            conv_norm_out=nn.GroupNorm(32, wide, eps=1e-6),
+            conv_act=nn.SiLU(),
+            conv_out=nn.Conv2d(wide, 2 * latent_dim, 3, padding=1),
+        )
+        self.decoder = named(
+            conv_in=nn.Conv2d(latent_dim, wide, 3, padding=1),
+            mid_block=MidBlock(wide),
+            up_blocks=levels(UpBlock, channels[::-1]),
+            conv_norm_out=nn.GroupNorm(32, narrow, eps=1e-6),
+            conv_act=nn.SiLU(),
+            conv_out=nn.Conv2d(narrow, 3, 3, padding=1),
+        )
+        # A tenth faster on a CPU, with the same values.
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x):
+        self.latent_shape(*x.shape[-2:])  # raises if the size does not fit
+        return Posterior(self.encoder(x), self.deterministic)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        x_hat = self.decode(self.encode(x).mode())
+        terms = {"recon": self.recon_loss(x_hat.float(), x)}
+        return self.objective(terms, x, x_hat, perceptual)
+
+
+class DAE(AE):
+    """Denoising autoencoder, eq. 4, with p_c(x~|x) = N(x, noise_std^2).
+
+    The input is noised, the target is not.
+    """
+
+    def __init__(self, *args, noise_std=0.1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.noise_std = noise_std
+
+    def randomness(self, n, size, generator):
+        shape = (n, 3, size, size)
+        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        noise = torch.randn_like(x) if noise is None else noise
+        x_hat = self.decode(self.encode(x + self.noise_std * noise).mode())
+        terms = {"recon": self.recon_loss(x_hat.float(), x)}
+        return self.objective(terms, x, x_hat, perceptual)
+
+
+class VAE(AE):
+    """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
+
+    deterministic = False
+    weights = {"kl": 1e-4, "lpips": 0.0}
+
+    def randomness(self, n, size, generator):
+        shape = (n, *self.latent_shape(size, size))
+        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        posterior = self.encode(x)
+        x_hat = self.decode(posterior.sample(noise))
+        terms = {
+            "recon": self.recon_loss(x_hat.float(), x),
+            "kl": kl_normal(posterior.mean, posterior.logvar),
+        }
+        return self.objective(terms, x, x_hat, perceptual)
+
+
+class SDVAE(VAE):
+    """Stable Diffusion's VAE, eq. 6 without its third term.
+
+    The third term needs a second player: train_ae.py adds it with `adversarial_losses`.
+    """
+
+    weights = {"kl": 5e-9, "lpips": 1.0}
+
+
+class Discriminator(nn.Sequential):
+    """D of eq. 6: VQGAN's PatchGAN, images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
+
+    def __init__(self):
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for a, b, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers.append(nn.Conv2d(a, b, 4, stride, 1, bias=False))
+            # Without running averages: D is never in eval mode, and they would keep a NaN.
+            layers.append(nn.BatchNorm2d(b, track_running_stats=False))
+            layers.append(nn.LeakyReLU(0.2))
+        layers.append(nn.Conv2d(512, 1, 4, 1, 1))
+        super().__init__(OrderedDict(main=nn.Sequential(*layers)))
+
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def adversarial_losses(disc, x, x_hat, loss, last_layer, weight=0.5, kind="hinge"):
+    """The third term of eq. 6, as each of the two players minimises it.
+
+    disc: the discriminator; x, x_hat (B, 3, H, W): images and their reconstructions; loss: the
+    other terms of eq. 6; last_layer: the decoder's last weight; weight, kind: lambda_D and the form
+    of D's loss. Returns what to add to the autoencoder's loss, D's own loss, and what to log.
+    """
+    # The autoencoder's turn: D judges the reconstructions and learns nothing.
+    disc.requires_grad_(False)
+    adv = generator_loss(disc(x_hat).float())
+    adaptive = adaptive_weight(loss, adv, last_layer)
+    disc.requires_grad_(True)
+
+    # D's turn, on the same images: no gradient reaches the autoencoder.
+    real, fake = disc(x).float(), disc(x_hat.detach()).float()
+    loss_d = disc_loss(real, fake, kind)
+
+    terms = {"adv": adv, "adaptive": adaptive, "disc": loss_d}
+    terms |= {"real": real.mean(), "fake": fake.mean()}
+    return weight * adaptive * adv, loss_d, {name: term.detach() for name, term in terms.items()}
+
+
+def generator_loss(fake_logits):
+    """The adversarial term as the autoencoder minimises it, whatever the form of D's loss."""
+    return -fake_logits.mean()
+
+
+def disc_loss(real_logits, fake_logits, kind="hinge"):
+    """The adversarial term as D minimises it: "vanilla" is eq. 6's, "hinge" VQGAN's default."""
+    if kind == "vanilla":
+        return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+    raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
+
+
+def adaptive_weight(loss, adv, last_layer):
+    """VQGAN's factor of the adversarial term.
+
+    It scales the term so that its gradient at the decoder's last layer has the same norm as the
+    other terms'. (The KL has no gradient there.)
+    """
+    (grad_loss,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+    (grad_adv,) = torch.autograd.grad(adv, last_layer, retain_graph=True)
+    return (grad_loss.norm() / (grad_adv.norm() + 1e-4)).clamp(0, 1e4)
+
 
 class ResnetBlock(nn.Module):
     """(B, a, H, W) -> (B, b, H, W)."""
+
     def __init__(self, a, b):
         super().__init__()
         self.norm1 = nn.GroupNorm(32, a, eps=1e-6)
@@ -84,150 +306,279 @@ class ResnetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(32, b, eps=1e-6)
         self.conv2 = nn.Conv2d(b, b, 3, padding=1)
         self.conv_shortcut = nn.Identity() if a == b else nn.Conv2d(a, b, 1)
+
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
+
 class SpatialAttention(nn.Module):
-    """Self-attention over the H * W positions, one head."""
+    """Single-head self-attention over the H * W positions of (B, C, H, W)."""
+
     def __init__(self, channels):
         super().__init__()
         self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)   # (B, 1, H * W, C)
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H * W, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
-class Level(nn.Module):
-    """`depth` residual blocks; "middle" has attention after the first, "down" halves, "up" doubles H, W."""
-    def __init__(self, a, b, depth, kind):
+
+class DownBlock(nn.Module):
+    """A level of the encoder: (B, a, H, W) -> (B, b, H/2, W/2), or (B, b, H, W) for the last."""
+
+    def __init__(self, a, b, last):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(b if i else a, b) for i in range(depth))
-        self.attentions = nn.ModuleList([SpatialAttention(b)] if kind == "middle" else [])
-        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
-        if kind == "down":   # padded right and below
-            self.downsamplers.append(named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(b, b, 3, stride=2)))
-        if kind == "up":
-            upsample = nn.Upsample(scale_factor=2.0)
-            self.upsamplers.append(named(upsample=upsample, conv=nn.Conv2d(b, b, 3, padding=1)))
+        self.resnets = nn.ModuleList([ResnetBlock(a, b), ResnetBlock(b, b)])
+        self.downsamplers = nn.ModuleList()
+        if not last:
+            # Padded on the right and below only, as the published weights expect.
+            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(b, b, 3, stride=2)
+            self.downsamplers.append(named(pad=pad, conv=conv))
+
     def forward(self, x):
-        x = self.resnets[0](x)
-        for layer in (*self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
+        for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
 
-def levels(channels, depth, kind):
-    """Level after level through the widths; all but the last change the resolution."""
-    steps = zip([channels[0], *channels], channels, [kind] * (len(channels) - 1) + [None])
-    return nn.Sequential(*(Level(a, b, depth, kind) for a, b, kind in steps))
 
-class AE(nn.Module):
-    """Autoencoder, eq. 3: |x - g(f(x))|^2. Also what DAE, VAE and SDVAE are built on."""
-    deterministic = True
-    weights = {"lpips": 0.0}
+class MidBlock(nn.Module):
+    """Attention between two residual blocks: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels=(128, 256, 512, 512), latent_dim=16, recon="mse", weights=()):
+    def __init__(self, channels):
         super().__init__()
-        if any(width % 32 for width in channels):
-            raise ValueError(f"channels {channels} are not multiples of 32")
-        self.weights = self.weights | dict(weights)   # those not given are the class's
-        self.recon = {"mse": F.mse_loss, "l1": F.l1_loss}[recon]   # eq. 3's, VQGAN's
-        self.patch_size = 2 ** (len(channels) - 1)   # f, the pixels on a side of a latent position
-        self.latent_dim = latent_dim
-        self.encoder = named(conv_in=nn.Conv2d(3, channels[0], 3, padding=1),
-                             down_blocks=levels(channels, 2, "down"),
-                             mid_block=Level(channels[-1], channels[-1], 2, "middle"),
-                             conv_norm_out=nn.GroupNorm(32, channels[-1], eps=1e-6), conv_act=nn.SiLU(),
-                             conv_out=nn.Conv2d(channels[-1], 2 * latent_dim, 3, padding=1))
-        self.decoder = named(conv_in=nn.Conv2d(latent_dim, channels[-1], 3, padding=1),
-                             mid_block=Level(channels[-1], channels[-1], 2, "middle"),
-                             up_blocks=levels(channels[::-1], 3, "up"),
-                             conv_norm_out=nn.GroupNorm(32, channels[0], eps=1e-6), conv_act=nn.SiLU(),
-                             conv_out=nn.Conv2d(channels[0], 3, 3, padding=1))
-        self.to(memory_format=torch.channels_last)   # a tenth faster on a CPU
-    def randomness(self, n, size, generator):
-        return {}
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialAttention(channels)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class UpBlock(nn.Module):
+    """A level of the decoder: (B, a, H, W) -> (B, b, 2H, 2W), or (B, b, H, W) for the last."""
+
+    def __init__(self, a, b, last):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(a, b), ResnetBlock(b, b), ResnetBlock(b, b)])
+        self.upsamplers = nn.ModuleList()
+        if not last:
+            upsample, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(b, b, 3, padding=1)
+            self.upsamplers.append(named(upsample=upsample, conv=conv))
+
+    def forward(self, x):
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+def levels(block, channels):
+    """One block per level, through the widths; the last one keeps the resolution."""
+    widths = zip([channels[0], *channels[:-1]], channels, strict=True)
+    last = len(channels) - 1
+    return nn.Sequential(*(block(a, b, i == last) for i, (a, b) in enumerate(widths)))
+
+
+def named(**layers):
+    """Layers in sequence, under the names that their tensors have in checkpoints."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+# ---- MAE and VMAE, on a ViT ----
+# Modules are named as in the authors' release, so that its weights load as they are.
+
+
+class MAE(Autoencoder):
+    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2, over the masked patches alone.
+
+    VMAE shares its network. Patches are masked in training only: `encode` takes all of them.
+    Raises UserError for sizes that do not fit together.
+    """
+
+    masked = True
+    weights = {"masked": 1.0, "lpips": 0.0}
+
+    def __init__(
+        self,
+        image_size=256,  # pixels on a side
+        patch_size=8,  # pixels on a side of a token
+        hidden_size=192,  # width D
+        depth=12,  # blocks of the encoder
+        decoder_depth=12,  # blocks of the decoder
+        num_heads=12,
+        latent_dim=16,  # channels C of the latent
+        mask_ratio=0.6,  # share of the patches that the encoder does not see in training
+        weights=(),  # lambda of terms, by name
+    ):
+        if image_size % patch_size:
+            raise UserError(
+                f"image size {image_size} is not a multiple of the patch size {patch_size}"
+            )
+        if hidden_size % 4 or hidden_size % num_heads:
+            raise UserError(
+                f"hidden size {hidden_size} is not a multiple of 4 and of the {num_heads} heads"
+            )
+        super().__init__(latent_dim, patch_size, image_size, weights)
+        self.grid = image_size // patch_size
+        num_patches = self.grid**2  # L
+        self.keep = int(num_patches * (1 - mask_ratio))  # visible patches
+        # MAE learns from masked patches alone, so there must be one.
+        most = num_patches if "visible" in self.weights else num_patches - 1
+        if not 1 <= self.keep <= most:
+            raise UserError(f"mask ratio {mask_ratio} leaves {self.keep} of {num_patches} patches")
+
+        # Encoder: patches with positions -> blocks -> mean and log-variance of each token.
+        patch_map = nn.Conv2d(3, hidden_size, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patch_map})
+        table = position_table(hidden_size, self.grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.Sequential(*(Block(hidden_size, num_heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.to_latent = nn.Linear(hidden_size, 2 * latent_dim)
+
+        # Decoder: latents and mask tokens with positions -> blocks -> pixels.
+        self.from_latent = nn.Linear(latent_dim, hidden_size)
+        self.decoder_embed = nn.Linear(hidden_size, hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.decoder_pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+        self.decoder_blocks = nn.Sequential(
+            *(Block(hidden_size, num_heads) for _ in range(decoder_depth))
+        )
+        self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.decoder_pred = nn.ModuleDict(
+            {
+                "linear_pred": nn.Linear(hidden_size, 3 * patch_size**2),
+                # Removes the seams between patches.
+                "conv_smoother": nn.Conv2d(3, 3, 3, padding=1),
+            }
+        )
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        # Xavier for linear maps, of which the patch embedding is one, with zero biases. The biases
+        # of the two convolutions keep PyTorch's own initialisation, as in the release.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def encode_tokens(self, x, ids_keep=None):
+        """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), or of all."""
+        self.latent_shape(*x.shape[-2:])  # raises if the size does not fit
+        tokens = (
+            self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
+        )  # (B, L, D)
+        if ids_keep is not None:
+            tokens = tokens.take_along_dim(ids_keep[..., None], 1)  # (B, keep, D)
+        return self.to_latent(self.norm(self.blocks(tokens)))
+
+    def decode_tokens(self, z, ids_shuffle):
+        """Latents (B, keep, C) of the patches that ids_shuffle (B, L) puts first -> images."""
+        tokens = self.decoder_embed(self.from_latent(z))
+
+        # Mask tokens join after the latent; then each token goes to its place, and only there
+        # learns its position.
+        num_masked = ids_shuffle.shape[1] - z.shape[1]
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(len(z), num_masked, -1)
+        tokens = torch.cat([tokens, mask_tokens], 1)  # (B, L, D)
+        ids_restore = ids_shuffle.argsort(1)
+        tokens = tokens.take_along_dim(ids_restore[..., None], 1) + self.decoder_pos_embed
+
+        patches = self.decoder_pred["linear_pred"](self.decoder_norm(self.decoder_blocks(tokens)))
+        patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
+        images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, 3, H, W)
+        return self.decoder_pred["conv_smoother"](images)
+
     def encode(self, x):
-        if any(side % self.patch_size for side in x.shape[-2:]):
-            raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.patch_size}")
-        return Posterior(self.encoder(x), self.deterministic)
+        moments = self.encode_tokens(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return Posterior(moments, self.deterministic)
+
     def decode(self, z):
-        return self.decoder(z)
-    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        x_hat = self.decode(self.encode(x).mode())
-        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
+        z = z.flatten(2).transpose(1, 2)  # (B, L, C)
+        return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
 
-class DAE(AE):
-    """Denoising autoencoder, eq. 4, p_c(x~|x) = N(x, noise_std^2): the input is noised, the target is not."""
-    def __init__(self, *args, noise_std=0.1, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.noise_std = noise_std
+    def latent_shape(self, height, width):
+        if (height, width) != (self.image_size, self.image_size):
+            raise UserError(
+                f"images are {height} x {width}, this model takes {self.image_size} pixels: "
+                f"use --image_size {self.image_size}"
+            )
+        return super().latent_shape(height, width)
+
     def randomness(self, n, size, generator):
-        return {"noise": torch.randn(n, 3, size, size, generator=generator, device=generator.device)}
-    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        noise = torch.randn_like(x) if noise is None else noise
-        x_hat = self.decode(self.encode(x + self.noise_std * noise).mode())
-        return objective(self, {"recon": self.recon(x_hat.float(), x)}, x, x_hat, perceptual)
+        options = {"generator": generator, "device": generator.device}
+        drawn = {}
+        if not self.deterministic:
+            drawn["noise"] = torch.randn(n, self.keep, self.latent_dim, **options)
+        drawn["ids_shuffle"] = torch.rand(n, self.grid**2, **options).argsort(1)
+        return drawn
 
-class VAE(AE):
-    """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1))."""
+    def masked_pass(self, x, noise=None, ids_shuffle=None):
+        """Encode the visible patches, decode all -> images, posterior, mask.
+
+        The posterior is that of the visible tokens, (B, keep, C); the mask (B, L) is 1 for masked
+        patches, 0 for visible ones.
+        """
+        if ids_shuffle is None:
+            ids_shuffle = torch.rand(len(x), self.grid**2, device=x.device).argsort(1)
+        ids_keep = ids_shuffle[:, : self.keep]
+        posterior = Posterior(self.encode_tokens(x, ids_keep), self.deterministic, dim=-1)
+        x_hat = self.decode_tokens(posterior.sample(noise), ids_shuffle)
+        mask = torch.ones(ids_shuffle.shape, device=x.device).scatter(1, ids_keep, 0.0)
+        return x_hat, posterior, mask
+
+    def patch_error(self, x, x_hat, selected):
+        """The mean squared error over the patches that `selected` (B, L) marks with 1."""
+        error = F.avg_pool2d((x_hat.float() - x).square().mean(1), self.patch_size).flatten(1)
+        return (error * selected).sum() / selected.sum()
+
+    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
+        x_hat, _, mask = self.masked_pass(x, noise, ids_shuffle)
+        terms = {"masked": self.patch_error(x, x_hat, mask)}
+        return self.objective(terms, x, x_hat, perceptual)
+
+
+class VMAE(MAE):
+    """Variational masked autoencoder, the paper's own (main paper, section 4):
+
+    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL.
+
+    The KL draws the variance alone, to prior_std^2. The default weights are the release's, which
+    are lambda_M = lambda_P = 1 and lambda_reg = 2e-6, all halved. With tune_decoder, the last
+    stage, nothing is masked, the latent is the posterior's mean and the loss is MSE + LPIPS.
+    """
+
     deterministic = False
-    weights = {"kl": 1e-4, "lpips": 0.0}
+    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
 
-    def randomness(self, n, size, generator):
-        shape = (n, self.latent_dim, size // self.patch_size, size // self.patch_size)
-        return {"noise": torch.randn(shape, generator=generator, device=generator.device)}
+    def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prior_std = prior_std
+        self.tune_decoder = tune_decoder
+
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        posterior = self.encode(x)
-        x_hat = self.decode(posterior.sample(noise))
-        terms = {"recon": self.recon(x_hat.float(), x), "kl": kl_normal(posterior.mean, posterior.logvar)}
-        return objective(self, terms, x, x_hat, perceptual)
+        if self.tune_decoder:
+            with torch.no_grad():
+                z = self.encode(x).mode()
+            x_hat = self.decode(z)
+            return self.objective({"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
 
-class SDVAE(VAE):
-    """Stable Diffusion's VAE, eq. 6. train_ae.py, which trains D, adds adaptive_weight * generator_loss."""
-    weights = {"kl": 5e-9, "lpips": 1.0}
+        x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
+        terms = {"visible": self.patch_error(x, x_hat, 1 - mask)}
+        # Without masked patches their mean would be 0/0: the term is absent.
+        if self.keep < self.grid**2:
+            terms["masked"] = self.patch_error(x, x_hat, mask)
+        terms["kl"] = kl_unit(posterior.logvar, self.prior_std)
+        return self.objective(terms, x, x_hat, perceptual)
 
-class Discriminator(nn.Sequential):
-    """VQGAN's PatchGAN, 3 layers from 64 channels: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
-    def __init__(self):
-        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for a, b, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
-        super().__init__(OrderedDict(main=nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))))
-        for module in self.main:
-            module.track_running_stats = False   # running averages are of no use, and would keep a NaN
-            if not isinstance(module, nn.LeakyReLU):   # convolutions around 0, batch norms around 1
-                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
-
-def disc_loss(real_logits, fake_logits, kind="hinge"):
-    """The adversarial term of eq. 6 as D minimises it: "vanilla" the equation's, "hinge" VQGAN's default."""
-    if kind not in ("hinge", "vanilla"):
-        raise ValueError(f'kind is "hinge" or "vanilla", not "{kind}"')
-    penalty = F.softplus if kind == "vanilla" else lambda logits: F.relu(1 + logits)
-    return 0.5 * (penalty(-real_logits).mean() + penalty(fake_logits).mean())
-
-def generator_loss(fake_logits):
-    """The adversarial term as the autoencoder minimises it, in both variants."""
-    return -fake_logits.mean()
-
-def adaptive_weight(loss, adv, last_layer):
-    """VQGAN's factor, which gives both gradients one norm at the decoder's last weight (no KL reaches it)."""
-    norm = lambda term: torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm()
-    return (norm(loss) / (norm(adv) + 1e-4)).clamp(0, 1e4)
-
-# ---- The ViT backbone: MAE and VMAE, tensor names of the authors' release ----
-
-def position_table(dim, grid):
-    """Fixed 2-D sin-cos positions (1, grid^2, dim): half of the channels for the column, half for the row."""
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega   # (grid, dim / 4)
-    axis = torch.cat([angles.sin(), angles.cos()], 1)                   # (grid, dim / 2)
-    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1).float()[None]
 
 class Block(nn.Module):
     """A pre-norm transformer block, (B, L, D) -> (B, L, D)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -235,275 +586,305 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = named(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+
     def forward(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)   # each (B, heads, L, D / heads)
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L, D)
+        x = x + self.attn["proj"](h)
         return x + self.mlp(self.norm2(x))
 
-class MAE(nn.Module):
-    """Masked autoencoder, eq. 7: |M * (x - g(f(x_v)))|^2 over the masked patches alone. Also VMAE's base."""
-    deterministic = True
-    weights = {"masked": 1.0, "lpips": 0.0}
 
-    def __init__(self, image_size=256, patch_size=8, hidden_size=192, depth=12, decoder_depth=12,
-                 num_heads=12, latent_dim=16, mask_ratio=0.6, weights=()):
-        super().__init__()
-        self.weights = self.weights | dict(weights)
-        if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
-        if hidden_size % 4 or hidden_size % num_heads:
-            raise ValueError(f"hidden size {hidden_size} is not a multiple of 4 and of the {num_heads} heads")
-        self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
-        self.latent_dim = latent_dim
-        self.keep = int(self.grid ** 2 * (1 - mask_ratio))   # of L tokens, in forward; encode takes all
-        fewest = 0 if "visible" in self.weights else 1   # masked patches: MAE learns from them alone
-        if not 0 < self.keep <= self.grid ** 2 - fewest:
-            raise ValueError(f"mask ratio {mask_ratio} leaves {self.keep} of {self.grid ** 2} patches")
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, hidden_size, patch_size, patch_size)})
-        self.pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(hidden_size, num_heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.to_latent = nn.Linear(hidden_size, 2 * latent_dim)
-        self.from_latent = nn.Linear(latent_dim, hidden_size)
-        self.decoder_embed = nn.Linear(hidden_size, hidden_size)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
-        self.decoder_pos_embed = nn.Parameter(position_table(hidden_size, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.Sequential(*(Block(hidden_size, num_heads) for _ in range(decoder_depth)))
-        self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.decoder_pred = nn.ModuleDict({"linear_pred": nn.Linear(hidden_size, 3 * patch_size ** 2),
-                                           "conv_smoother": nn.Conv2d(3, 3, 3, padding=1)})   # removes seams
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # as a linear map
-        nn.init.normal_(self.mask_token, std=0.02)
-    def encode_tokens(self, x, ids_keep=None):
-        """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), by default of all (B, L)."""
-        if x.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(x.shape[-2:])}, this model takes {self.image_size} pixels: "
-                             f"--image_size {self.image_size}")
-        tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed   # (B, L, D)
-        if ids_keep is not None:
-            tokens = tokens.take_along_dim(ids_keep[..., None], 1)
-        return self.to_latent(self.norm(self.blocks(tokens)))
-    def decode_tokens(self, z, ids_shuffle):
-        """Latents of the visible tokens (B, keep, C), which ids_shuffle (B, L) put first -> (B, 3, H, W)."""
-        tokens = self.decoder_embed(self.from_latent(z))
-        masked = ids_shuffle.shape[1] - z.shape[1]   # mask tokens never pass the latent
-        tokens = torch.cat([tokens, self.mask_token.to(tokens.dtype).expand(len(z), masked, -1)], 1)
-        ids_restore = ids_shuffle.argsort(1)
-        tokens = tokens.take_along_dim(ids_restore[..., None], 1) + self.decoder_pos_embed
-        patches = self.decoder_pred["linear_pred"](self.decoder_norm(self.decoder_blocks(tokens)))
-        patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
-        images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return self.decoder_pred["conv_smoother"](images)
-    def encode(self, x):
-        moments = self.encode_tokens(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return Posterior(moments, self.deterministic)
-    def decode(self, z):
-        z = z.flatten(2).transpose(1, 2)   # (B, L, C)
-        return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
-    def randomness(self, n, size, generator):
-        how = {"generator": generator, "device": generator.device}
-        noise = {} if self.deterministic else {"noise": torch.randn(n, self.keep, self.latent_dim, **how)}
-        return {**noise, "ids_shuffle": torch.rand(n, self.grid ** 2, **how).argsort(1)}
-    def masked_pass(self, x, noise=None, ids_shuffle=None):
-        """Encode what is visible, decode all -> images, Posterior (B, keep, C), mask (B, L), 1 = masked."""
-        if ids_shuffle is None:
-            ids_shuffle = torch.rand(len(x), self.grid ** 2, device=x.device).argsort(1)
-        ids_keep = ids_shuffle[:, :self.keep]
-        posterior = Posterior(self.encode_tokens(x, ids_keep), self.deterministic, dim=-1)
-        x_hat = self.decode_tokens(posterior.sample(noise), ids_shuffle)
-        mask = torch.ones(ids_shuffle.shape, device=x.device).scatter(1, ids_keep, 0.0)
-        return x_hat, posterior, mask
-    def patch_error(self, x, x_hat, patches):
-        """Mean squared error over the patches (B, L) that are marked with 1."""
-        error = F.avg_pool2d((x_hat.float() - x).square().mean(1), self.patch_size).flatten(1)
-        return (error * patches).sum() / patches.sum()
-    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        x_hat, _, mask = self.masked_pass(x, noise, ids_shuffle)
-        return objective(self, {"masked": self.patch_error(x, x_hat, mask)}, x, x_hat, perceptual)
+def position_table(dim, grid):
+    """Fixed 2-D sin-cos positions (1, grid^2, dim).
 
-class VMAE(MAE):
-    """Variational masked autoencoder, the paper's own (main paper, section 4):
-
-    L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL. The KL draws the variance
-    alone to prior_std^2. weights: the release's, that is lambda_M = lambda_P = 1, lambda_reg = 2e-6, halved.
+    The first half of the channels encodes the column, the second half the row; each half holds the
+    sines, then the cosines.
     """
-    deterministic = False
-    weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (grid, dim / 2)
+    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1).float()[None]
 
-    def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.prior_std = prior_std
-        self.tune_decoder = tune_decoder   # the last stage: the encoder is done, nothing is masked
-    def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        if self.tune_decoder:
-            with torch.no_grad():
-                z = self.encode(x).mode()
-            x_hat = self.decode(z)
-            return objective(self, {"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
-        x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
-        terms = {"visible": self.patch_error(x, x_hat, 1 - mask)}
-        if self.keep < self.grid ** 2:   # else a mean over no patches, 0/0: the term is absent
-            terms["masked"] = self.patch_error(x, x_hat, mask)
-        terms["kl"] = kl_unit(posterior.logvar, self.prior_std)
-        return objective(self, terms, x, x_hat, perceptual)
 
 MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": VMAE}
 
-# ---- Weights: LPIPS's network, checkpoints of ours and of others ----
 
-def lpips_vgg():
-    """lpips v0.1 on VGG16, frozen: net(x_hat, x) -> (B, 1, 1, 1). FileNotFoundError, ValueError."""
-    import lpips
-    from torchvision.models import VGG16_Weights
-    url = VGG16_Weights.IMAGENET1K_V1.url
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    advice = f"put {url} at {path}, or train without it: --lpips 0"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # lpips calls torchvision the old way, and would unpickle freely:
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)   # pnet_rand leaves VGG16 to us
-    try:   # the hub's cache, else the download
-        vgg = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-        for name, parameter in net.net.named_parameters():   # slice1.0.weight is VGG16's features.0.weight
-            parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
-    except OSError as error:
-        raise FileNotFoundError(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}")
-    except NO_CHECKPOINT:
-        raise ValueError(f"{path} is damaged: {advice}")
-    return net.eval().requires_grad_(False)
+# ---- Loading: checkpoints of ours and of others, the network of LPIPS ----
+
+
+def load(path):
+    """An autoencoder in eval mode from a file of train_ae.py, VMAE's authors or diffusers.
+
+    .safetensors files are read too. Raises MissingFile (a FileNotFoundError) if there is no such
+    file, UserError (a ValueError) if it holds no autoencoder or is damaged.
+    """
+    return from_checkpoint(read_checkpoint(path), path)
+
+
+def from_checkpoint(ckpt, path="the checkpoint"):
+    """As `load`, from the dict that the file holds; path: its name in messages."""
+    try:
+        state = {
+            k: v for k, v in ckpt.get("model", ckpt).items() if not k.startswith("perceptual_loss.")
+        }
+        if ckpt.get("kind") == "autoencoder":
+            name, config = ckpt["name"], ckpt["config"]
+        elif "from_latent.weight" in state:
+            name, config = "vmae", config_of_release(state)
+            # The files for generation lack it. Zeros will do: without a mask nothing uses it.
+            state.setdefault("mask_token", torch.zeros(1, 1, config["hidden_size"]))
+        elif "encoder.conv_in.weight" in state:
+            name, config = "sdvae", config_of_diffusers(state)
+        elif "x_embedder.proj.weight" in state:
+            raise UserError(f"{path} holds a DiT, not an autoencoder: pass it to sample.py --ckpt")
+        else:
+            raise UserError(f"{path} holds no autoencoder that this program knows")
+        model = MODELS[name](**config)
+        model.load_state_dict(state)
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit any autoencoder here: {reason}") from error
+
+    # Together with "model", the state dict, this makes a checkpoint again.
+    model.recipe = {"kind": "autoencoder", "name": name, "config": config}
+    if model.image_size is None:
+        model.image_size = ckpt.get("args", {}).get("image_size")
+    return model.eval()
+
+
+def config_of_release(state):
+    """VMAE's arguments, read off the tensors of the authors' file; all released have 12 heads."""
+    hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    return {
+        "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "latent_dim": state["from_latent.weight"].shape[1],
+        "depth": len(fnmatch.filter(state, "blocks.*.norm1.weight")),
+        "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight")),
+    }
+
+
+def config_of_diffusers(state):
+    """SDVAE's arguments, read off the tensors of diffusers' AutoencoderKL."""
+    first_of_level = sorted(fnmatch.filter(state, "encoder.down_blocks.*.resnets.0.conv1.weight"))
+    return {
+        "channels": [len(state[key]) for key in first_of_level],
+        "latent_dim": state["decoder.conv_in.weight"].shape[1],
+    }
+
+
+def resize_positions(state, grid):
+    """A ViT's state dict with its position tables interpolated bilinearly to grid x grid tokens."""
+    for name in ("pos_embed", "decoder_pos_embed"):
+        side = math.isqrt(state[name].shape[1])
+        table = state[name].transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+        state[name] = F.interpolate(table, (grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
+    return state
+
+
+# Raised by torch.load and our own reader on a file that is truncated or not a checkpoint.
+DAMAGED = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error),
+    *(AttributeError, TypeError, OverflowError, zipfile.BadZipFile),
+)
+
 
 def read_checkpoint(path):
-    """A checkpoint file -> dict on the CPU; nothing in it can run code. FileNotFoundError, ValueError."""
-    torch.serialization.add_safe_globals([argparse.Namespace])   # the release's files hold one
+    """The dict that a checkpoint file holds, on the CPU. Nothing in the file can run code.
+
+    Raises MissingFile, UserError.
+    """
     if os.path.exists(os.path.join(path, "source.json")):
-        raise ValueError(f"{path} is a latent cache, no checkpoint: it belongs behind train_dit.py --cache")
+        raise UserError(f"{path} is a latent cache, no checkpoint: pass it to train_dit.py --cache")
     if not os.path.isfile(path):
-        hint = f", but there is {path}/ckpt.pt" if os.path.exists(os.path.join(path, "ckpt.pt")) else ""
-        raise FileNotFoundError(f"there is no checkpoint file {path}{hint}")
+        inside = os.path.join(path, "ckpt.pt")
+        hint = f", but there is {inside}" if os.path.exists(inside) else ""
+        raise MissingFile(f"there is no checkpoint file {path}{hint}")
+
+    # The authors' files hold an argparse.Namespace, which is plain data.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch compares no checksums
-            raise ValueError
-    except NO_CHECKPOINT:
-        raise ValueError(f"{path} is no checkpoint of PyTorch tensors, or a damaged one")
+        # torch.load does not compare checksums: a flipped byte would go unnoticed.
+        intact = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
+    except DAMAGED as error:
+        raise UserError(f"{path} is no checkpoint of PyTorch tensors, or damaged") from error
+    if not intact:
+        raise UserError(f"{path} is no checkpoint of PyTorch tensors, or damaged")
     if not isinstance(ckpt, dict):
-        raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
+        raise UserError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
     return ckpt
 
+
 def read_safetensors(path):
-    """Hugging Face's format: the header's length in 8 bytes, the header in JSON, the tensors' bytes."""
+    """Hugging Face's format: the header's length in 8 bytes, the header in JSON, the tensors."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, os.path.getsize(path))))
         data = bytearray(file.read())
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return {name: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=types[entry["dtype"]])
-            .view(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
 
-def load(path):
-    """As from_checkpoint, from a file, .safetensors too. FileNotFoundError, ValueError."""
-    return from_checkpoint(read_checkpoint(path), path)
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for name, entry in header.items():
+        values = data[slice(*entry["data_offsets"])]
+        tensor = torch.frombuffer(values, dtype=dtypes[entry["dtype"]])
+        tensors[name] = tensor.view(entry["shape"])
+    return tensors
 
-def from_checkpoint(ckpt, path="checkpoint"):
-    """An autoencoder in eval mode from what train_ae.py, VMAE's authors or diffusers saved, or ValueError."""
+
+def lpips_vgg():
+    """LPIPS v0.1 on VGG16, frozen, in eval mode: net(x_hat, x) -> (B, 1, 1, 1).
+
+    VGG16's weights come from torch's hub cache or are downloaded. Raises MissingFile if that fails,
+    UserError if the file is damaged.
+    """
+    import lpips
+    from torchvision.models import VGG16_Weights
+
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    advice = f"put {url} at {path}, or train without it: --lpips 0"
+
+    # lpips would load VGG16 in torchvision's old way, which warns and unpickles freely. pnet_rand
+    # leaves the network to us.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     try:
-        state = {k: v for k, v in ckpt.get("model", ckpt).items() if not k.startswith("perceptual_loss.")}
-        if ckpt.get("kind") == "autoencoder":
-            name, config = ckpt["name"], ckpt["config"]
-        elif "from_latent.weight" in state:   # the authors' VMAE; all released have 12 heads
-            hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-            state.setdefault("mask_token", torch.zeros(1, 1, hidden_size))   # files for generation lack it
-            name, config = "vmae", {
-                "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size,
-                "hidden_size": hidden_size, "latent_dim": state["from_latent.weight"].shape[1],
-                "depth": len(fnmatch.filter(state, "blocks.*.norm1.weight")),
-                "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight"))}
-        elif "encoder.conv_in.weight" in state:   # diffusers' AutoencoderKL
-            first = sorted(fnmatch.filter(state, "encoder.down_blocks.*.resnets.0.conv1.weight"))
-            name, config = "sdvae", {"channels": [len(state[key]) for key in first],
-                                     "latent_dim": state["decoder.conv_in.weight"].shape[1]}
-        elif "x_embedder.proj.weight" in state:
-            raise ValueError(f"{path} holds a DiT, not an autoencoder: it belongs behind sample.py --ckpt")
-        else:
-            raise ValueError(f"{path} holds no autoencoder that this program knows")
-        model = MODELS[name](**config)
-        model.load_state_dict(state)
-    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} does not fit any autoencoder here: {' '.join(str(error).split())[:300]}")
-    model.recipe = {"kind": "autoencoder", "name": name, "config": config}   # with "model" a checkpoint
-    if not hasattr(model, "image_size"):   # convolutions take any; that of training, None if it is not known
-        model.image_size = ckpt.get("args", {}).get("image_size")
-    return model.eval()
+        vgg = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+        # lpips calls VGG16's features.0.weight slice1.0.weight, and so on.
+        for name, parameter in net.net.named_parameters():
+            parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
+    except OSError as error:
+        raise MissingFile(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}") from error
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged: {advice}") from error
+    return net.eval().requires_grad_(False)
 
-def resize_positions(state, grid):
-    """A ViT's state dict with its position tables interpolated, bilinearly, to grid x grid tokens."""
-    for name in ("pos_embed", "decoder_pos_embed"):
-        side = math.isqrt(state[name].shape[1])
-        table = state[name].transpose(1, 2).unflatten(2, (side, side))   # (1, D, side, side)
-        state[name] = F.interpolate(table, (grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
-    return state
 
 # ---- What all scripts share ----
 
-def or_exit(function, *args, **kwargs):
-    """Call it; what is the user's mistake ends in its one sentence, not in a traceback."""
-    try:
-        return function(*args, **kwargs)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
-@contextlib.contextmanager
-def whole_file(path, before=None):
-    """A binary file to write, which appears under its name when all of it is on the disk; else OSError.
+class UserError(ValueError):
+    """The user's mistake, or the machine's limit: the message is the one sentence that they see.
 
-    before: where to keep the file that had the name.
+    Raised where it is found, caught in the scripts' main.
     """
-    try:
-        with open(path + ".tmp", "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if before and os.path.exists(path):
-            os.replace(path, before)
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:   # torch.save lays its own error upon the disk's
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        while error.__context__:
-            error = error.__context__
-        raise OSError(f"{path} cannot be written: {error}")
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file that is not there and cannot be downloaded."""
+
+
+def exit_with(error):
+    """End the process with the error's sentence and status 1; of several processes, one speaks.
+
+    The first process of a machine exits at once, and torchrun then ends the others. Those wait for
+    that, and speak only if they are still there: then the error is theirs alone.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(10)
+    sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def at_least(low):
+    """An argparse type: a number of low's type that is not smaller."""
+
+    def number(text):
+        value = type(low)(text)
+        if not value >= low:  # so that NaN is refused too
+            raise argparse.ArgumentTypeError(f"{text} is too small: {low} at least")
+        return value
+
+    number.__name__ = type(low).__name__  # argparse's message for what is no number names it
+    return number
+
+
+def fraction(text):
+    """An argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return float(text)
+
 
 def choose_device(name):
-    """This process's device, "cpu" or "cuda:N", from what --device says; TF32 for float32 on a GPU."""
+    """This process's device, "cpu" or "cuda:N", from what --device says; TF32 products on a GPU.
+
+    Raises UserError if there is no such device.
+    """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name in (None, "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else name or "cpu"
     if name not in ("cpu", *gpus):
-        sys.exit(f"--device {name} is not there: PyTorch finds {len(gpus)} GPUs")
+        raise UserError(f"--device {name} is not there: PyTorch finds {len(gpus)} GPUs")
     if name != "cpu":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
     return name
 
+
+def make_folder(path):
+    """Raises UserError where that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path, keep_old_as=None):
+    """A binary file to write; it gets its name only when all of it is on the disk.
+
+    keep_old_as: new name for the file that had this name. Raises UserError, with the file that was
+    there untouched, if the disk is full or the like.
+    """
+    part = f"{path}.tmp"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_old_as and os.path.exists(path):
+            os.replace(path, keep_old_as)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(part):
+            os.remove(part)
+        # torch.save wraps the disk's own error, which says more, in one of its own.
+        while error.__context__:
+            error = error.__context__
+        raise UserError(f"{path} cannot be written: {error}") from error
+
+
 def to_uint8(x):
     """Images (B, 3, H, W), about [-1, 1] -> NumPy uint8 (B, H, W, 3): floor(clamp(127.5 x + 128))."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
+
 def save_grid(path, rows, labels, columns=()):
-    """A PNG with a labelled row for each of rows, uint8 (N, H, W, 3) of one shape; columns: their titles."""
-    scale = max(1, 64 // rows[0].shape[1])   # small images are enlarged, pixels stay sharp
+    """Save a PNG with a labelled row of pictures for each of rows.
+
+    rows: arrays of one shape, uint8 (N, H, W, 3); labels: one per row; columns: titles above them.
+    """
+    scale = max(1, 64 // rows[0].shape[1])  # small images are enlarged, pixels stay sharp
     rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
     rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
     R, N, H, W, _ = rows.shape
+
     font = ImageFont.load_default(max(14, H // 12))
-    margin, top = 12 + int(max(map(font.getlength, labels))), int(1.5 * font.size) if columns else 0
+    margin = 12 + int(max(map(font.getlength, labels)))
+    top = int(1.5 * font.size) if columns else 0
     canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
-    canvas.paste(Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)), (margin, top))
+    pixels = rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)
+    canvas.paste(Image.fromarray(pixels), (margin, top))
+
     draw = ImageDraw.Draw(canvas)
     for r, label in enumerate(labels):
         draw.text((margin - 6, top + r * H + H // 2), label, "black", font, anchor="rm")

@@ -1,19 +1,20 @@
 """Draw pictures from a trained DiT (supplement, section B.2 and figures I, II).
 
-    python sample.py                                             the demo's digits, a row a class
+    python sample.py                                             the demo's digits, a row per class
     python sample.py --ckpt out/dit/ckpt.pt --labels 130 88      a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  of others
 
-Sample i depends on --seed and i alone, not on the number of processes or the batch. (The --
-keeps torchrun from taking --num for an abbreviation of a flag of its own.)
+Sample i depends on --seed and i alone, not on the number of processes or the batch. (The -- keeps
+torchrun from taking --num for an abbreviation of a flag of its own.)
 """
 
 import argparse
+import dataclasses
+import datetime
 import json
 import os
 import shutil
-import sys
 import zipfile
 
 import numpy as np
@@ -23,148 +24,279 @@ from tqdm import tqdm
 
 import ae
 import dit
-from ae import choose_device, or_exit
+from ae import UserError, at_least, fraction
 
-PAPER = {"sample_steps": 250, "cfg_scale": 10.0, "cfg_channels": 3, "cfg_start": 0.1, "shift": 0.3}
-SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]   # the ImageNet classes that the authors' release shows
-PART = 256   # samples in a file of an unfinished samples.npz
+SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]  # the ImageNet classes of the authors' release
+SAMPLES_PER_PART = 256  # in a file of an unfinished samples.npz
+
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100))
-    parser.error = lambda message: sys.exit(f"sample.py: {message}")
+        description=__doc__,
+        allow_abbrev=False,
+        usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100),
+    )
+
+    def refuse(message):
+        raise UserError(message)
+
+    parser.error = refuse
     add = parser.add_argument_group("what").add_argument
-    add("--ckpt", default="out/demo/dit/ckpt.pt", help="of train_dit.py or LightningDiT (default: demo)")
-    add("--num", type=int, help="write this many to samples.npz (default: draw a grid, samples.png)")
-    add("--labels", nargs="+", help="classes, 130 88 or 130,88 (default: all; grid: 10, ImageNet's: 8)")
-    add("--columns", type=int, default=8, help="pictures a class in the grid (default: 8)")
-    add("--seed", type=int, default=0, help="of noise and labels (default: 0)")
+    add("--ckpt", default="out/demo/dit/ckpt.pt", help="the DiT's checkpoint (default: the demo's)")
+    add("--num", type=at_least(1), help="draw this many into samples.npz, not a grid")
+    add("--labels", nargs="+", help="classes, such as 130 88 (default: all, in a grid ten)")
+    add("--columns", type=at_least(1), default=8, help="pictures per class in a grid (default: 8)")
+    add("--seed", type=at_least(0), default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
-    add = parser.add_argument_group("how (default: the checkpoint's, else the paper's)").add_argument
-    add("--steps", type=int, help="Euler steps (demo: 100, paper: 250)")
-    add("--cfg_scale", type=float, help="guidance, 1 is none (demo: 1.3, paper: 10, 1 with a single class)")
-    add("--cfg_channels", type=int, help="guided latent channels, the first ones (demo: 16, paper: 3)")
-    add("--cfg_start", type=float, help="time from which on they are (demo and paper: 0.1)")
-    add("--shift", type=float, help="of the time grid, below 1 towards the noise (demo and paper: 0.3)")
-    add("--batch", type=int, default=64, help="pictures a process draws at once (default: 64)")
+
+    add = parser.add_argument_group(
+        "how (default: the checkpoint's, else the paper's)"
+    ).add_argument
+    add("--steps", type=at_least(1), help="Euler steps (demo: 100, paper: 250)")
+    add("--cfg_scale", type=at_least(0.0), help="guidance scale, 1 is none (demo: 1.3, paper: 10)")
+    add("--cfg_channels", type=at_least(0), help="guided latent channels (demo: 16, paper: 3)")
+    add("--cfg_start", type=fraction, help="t from which guidance applies (demo and paper: 0.1)")
+    add("--shift", type=at_least(1e-9), help="of the time grid, below 1 towards the noise (0.3)")
+    add("--batch", type=at_least(1), default=64, help="pictures per process at once (default: 64)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
     add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
     add("--ae", help="checkpoint of the autoencoder")
-    add("--stats", help="PyTorch file with the latents' mean and std per channel, a dict with these keys")
-    args = parser.parse_args()
-    least = {"num": 1, "columns": 1, "batch": 1, "steps": 1, "seed": 0, "cfg_channels": 0, "shift": 1e-9}
-    for name, low in least.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            sys.exit(f"--{name} {getattr(args, name)} is too small: {low} at least")
-    return args
+    add("--stats", help="PyTorch file of a dict with the latents' mean and std per channel")
+    return parser.parse_args()
 
-def load(args):
-    """DiT, autoencoder, latent mean and std (C, 1, 1), on the device; class names, sampling settings."""
-    model, info = or_exit(dit.load, args.ckpt)
-    if not args.ae and "ae" not in info:
-        sys.exit(f"{args.ckpt} carries no autoencoder: name it with --ae")
-    autoencoder = or_exit(ae.load, args.ae) if args.ae else or_exit(ae.from_checkpoint, info["ae"], args.ckpt)
-    stats, prefix = (or_exit(ae.read_checkpoint, args.stats), "") if args.stats else (info, "latent_")
-    if prefix + "mean" not in stats or prefix + "std" not in stats:
-        sys.exit(f"{args.stats or args.ckpt} carries no latent mean and std: name them by --stats")
-    mean, std = (torch.as_tensor(stats[prefix + name]).float().view(-1, 1, 1) for name in ("mean", "std"))
-    channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
-    fits = channels == autoencoder.latent_dim == len(mean) == len(std)
-    if not fits or size != getattr(autoencoder, "grid", size):
-        sys.exit(f"the autoencoder ({autoencoder.latent_dim} channels, {getattr(autoencoder, 'grid', 'any')} "
-                 f"a side) or the statistics ({len(mean)}, {len(std)} channels) do not fit the DiT's latents "
-                 f"({channels} channels, {size} a side): name those it was trained on with --ae, --stats")
-    defaults = info["args"] if info.get("kind") == "dit" else PAPER
-    if model.class_dropout_prob == 0:
-        defaults = {**defaults, "cfg_scale": 1.0}
-    given = {**vars(args), "sample_steps": args.steps}
-    settings = {name: defaults[name] if given[name] is None else given[name] for name in PAPER}
-    if settings["cfg_scale"] > 1 and model.class_dropout_prob == 0:
-        sys.exit("--cfg_scale above 1 needs a DiT of several classes that was trained with dropped labels")
-    names = info.get("class_names", [""] * model.num_classes)
-    return *(part.to(args.device) for part in (model, autoencoder, mean, std)), names, settings
 
-@torch.no_grad()
-def draw(loaded, args, indices, labels):
-    """Samples by index -> uint8 (N, H, W, 3) and classes (N,). labels: a class each, or None to draw them."""
-    model, autoencoder, mean, std, _, settings = loaded
-    channels, size = model.x_embedder["proj"].in_channels, model.grid * model.patch_size
-    rngs = [np.random.default_rng((args.seed, index)) for index in indices]
-    noise = np.stack([rng.standard_normal((channels, size, size), dtype=np.float32) for rng in rngs])
-    drawn = [args.labels[rng.integers(len(args.labels))] for rng in rngs]
-    y = torch.tensor(drawn if labels is None else labels)
-    batches = list(zip(torch.from_numpy(noise).split(args.batch), y.split(args.batch)))
-    images = []
-    for batch in tqdm(batches, "drawing", unit="batch", leave=False, disable=args.rank > 0):
-        z = dit.sample(model, *(part.to(args.device) for part in batch), *settings.values())
-        images.append(ae.to_uint8(autoencoder.decode(z * std + mean)))
-    return np.concatenate(images), y.numpy()
+def main():
+    try:
+        args = parse_args()
+        device = ae.choose_device(args.device)
+        source = Source.load(args, device)
+        out = args.out or os.path.dirname(args.ckpt) or "."
+        labels = parse_labels(args.labels, len(source.class_names))
+        ae.make_folder(out)
+        rank = int(os.environ.get("RANK", "0"))
+        if args.num is not None:
+            write_npz(source, args, out, labels)
+        elif rank == 0:
+            draw_grid(source, args, out, labels)
+    except UserError as error:
+        ae.exit_with(error)
 
-def draw_npz(loaded, args, world):
-    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), where there are several."""
-    path, parts = os.path.join(args.out, "samples.npz"), os.path.join(args.out, "samples.parts")
-    wanted = {"ckpt": os.path.realpath(args.ckpt), "modified": os.path.getmtime(args.ckpt), "num": args.num,
-              "seed": args.seed, "labels": args.labels, "ae": args.ae, "stats": args.stats, **loaded[5]}
-    record = os.path.join(parts, "settings.json")
-    rows = {os.path.join(parts, f"{i // PART:06}.npz"): range(args.num)[i:i + PART]
-            for i in range(0, args.num, PART)}   # a file each at first: an interrupted run goes on
-    mine = [part for part in rows if not os.path.exists(part)][args.rank::world]
-    if args.rank == 0 and not os.path.exists(record):
-        os.makedirs(parts, exist_ok=True)
-        with ae.whole_file(record) as file:
-            file.write(json.dumps(wanted).encode())
+
+def parse_labels(words, num_classes):
+    """The classes that --labels names, such as 130 88 or 130,88; None if it is not given."""
+    if words is None:
+        return None
+    words = [word.strip() for word in ",".join(words).split(",")]
+    if not all(word.isdecimal() and int(word) < num_classes for word in words):
+        raise UserError(
+            f"--labels takes class numbers, such as 3 7: this model has classes 0 to {num_classes - 1}"
+        )
+    return [int(word) for word in words]
+
+
+def draw_grid(source, args, out, labels):
+    """samples.png: a row per class, or eight rows of the only class."""
+    num_classes = len(source.class_names)
+    if labels is None:
+        count = min(num_classes, 10)
+        labels = [i * num_classes // count for i in range(count)]  # spread over all
+        if num_classes == 1000:
+            labels = SHOWCASE
+    if num_classes == 1:
+        labels = [0] * 8
+    labels_of_samples = np.repeat(labels, args.columns)
+    indices = range(len(labels_of_samples))
+    images, _ = source.draw(indices, args.seed, args.batch, labels=labels_of_samples)
+
+    titles = []
+    for label in labels:
+        number, name = str(label), source.class_names[label]
+        titles.append(number if name == number else f"{number} {name}")
+    if num_classes == 1:
+        titles = [""] * len(labels)
+    path = os.path.join(out, "samples.png")
+    ae.save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), titles)
+    print(f"wrote {path}")
+
+
+def write_npz(source, args, out, labels):
+    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), if there are several.
+
+    Until it is complete, samples.parts holds a file for each 256 samples, so that an interrupted
+    run goes on. Raises UserError if they were drawn with other settings.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    folder = os.path.join(out, "samples.parts")
+    classes = list(range(len(source.class_names))) if labels is None else labels
+    starts = range(0, args.num, SAMPLES_PER_PART)
+    parts = {
+        os.path.join(folder, f"{start // SAMPLES_PER_PART:06}.npz"): range(
+            start, min(start + SAMPLES_PER_PART, args.num)
+        )
+        for start in starts
+    }
+    if rank == 0:
+        claim_parts(folder, source, args, classes)
+    missing = [part for part in parts if not os.path.exists(part)]
     if world > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        dist.barrier()   # all have looked
-    if json.load(open(record)) != wanted:
-        sys.exit(f"{parts} holds part of a run with other settings: finish that one, or remove the folder")
-    for part in tqdm(mine, f"rank 0 of {world}, {PART} samples a part", unit="part", disable=args.rank > 0):
-        images, labels = draw(loaded, args, rows[part], None)
+        # Only to wait for each other, which needs no GPU and can take hours.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
+        dist.barrier()  # all have looked
+
+    title = f"rank 0 of {world}, {SAMPLES_PER_PART} samples per part"
+    for part in tqdm(missing[rank::world], title, unit="part", disable=rank > 0):
+        images, labels = source.draw(parts[part], args.seed, args.batch, classes=classes)
         with ae.whole_file(part) as file:
             np.savez(file, images=images, labels=labels)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if args.rank == 0:   # 50,000 images of 256 pixels are 9.8 GB: streamed, never in memory at once
-        shape = (args.num, *np.load(next(iter(rows)))["images"].shape[1:])
-        with ae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
-                for part in rows:
-                    out.write(np.load(part)["images"].tobytes())
-            if len(loaded[4]) > 1:
-                with archive.open("arr_1.npy", "w") as out:
-                    np.save(out, np.concatenate([np.load(part)["labels"] for part in rows]))
-        shutil.rmtree(parts)
+    if rank == 0:
+        path = os.path.join(out, "samples.npz")
+        join_parts(list(parts), path, args.num, with_labels=len(source.class_names) > 1)
+        shutil.rmtree(folder)
         print(f"wrote {path}: {args.num} samples")
 
-def main():
-    args = parse_args()
-    args.rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.device = choose_device(args.device)
-    args.out = args.out or os.path.dirname(args.ckpt) or "."
-    loaded = load(args)
-    names = loaded[4]
-    classes = len(names)
-    if args.labels is not None:
-        words = [word.strip() for word in ",".join(args.labels).split(",")]
-        if not all(word.isdecimal() and int(word) < classes for word in words):
-            sys.exit(f"--labels takes class numbers, such as 3 7: this model has classes 0 to {classes - 1}")
-        args.labels = [int(word) for word in words]
-    or_exit(os.makedirs, args.out, exist_ok=True)
-    if args.num is not None:
-        args.labels = args.labels or list(range(classes))
-        or_exit(draw_npz, loaded, args, world)
-    elif args.rank == 0:   # a row a class, or eight rows of the only class
-        spread = [i * classes // min(classes, 10) for i in range(min(classes, 10))]
-        args.labels = [0] * 8 if classes == 1 else args.labels or (SHOWCASE if classes == 1000 else spread)
-        labels = np.repeat(args.labels, args.columns)
-        images, _ = draw(loaded, args, range(len(labels)), labels)
-        path = os.path.join(args.out, "samples.png")
-        titles = ["" if classes == 1 else " ".join(dict.fromkeys((str(c), names[c]))) for c in args.labels]
-        ae.save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), titles)
-        print(f"wrote {path}")
+
+def claim_parts(folder, source, args, classes):
+    """Make the folder of an unfinished samples.npz, or check that its settings are the same."""
+    settings = {
+        "ckpt": os.path.realpath(args.ckpt),
+        "modified": os.path.getmtime(args.ckpt),
+        "num": args.num,
+        "seed": args.seed,
+        "labels": classes,
+        "ae": args.ae,
+        "stats": args.stats,
+        **source.settings,
+    }
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        ae.make_folder(folder)
+        with ae.whole_file(path) as file:
+            file.write(json.dumps(settings).encode())
+    with open(path) as file:
+        if json.load(file) != settings:
+            raise UserError(
+                f"{folder} holds part of a run with other settings: finish that one, or remove the "
+                "folder"
+            )
+
+
+def join_parts(parts, path, num, with_labels):
+    """One .npz from the files of its parts.
+
+    50,000 images of 256 pixels are 9.8 GB: they are streamed, never in memory at once.
+    """
+    shape = (num, *np.load(parts[0])["images"].shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with ae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for part in parts:
+                array.write(np.load(part)["images"].tobytes())
+        if with_labels:
+            with archive.open("arr_1.npy", "w") as array:
+                np.save(array, np.concatenate([np.load(part)["labels"] for part in parts]))
+
+
+@dataclasses.dataclass
+class Source:
+    """What samples are drawn with."""
+
+    model: dit.DiT
+    autoencoder: ae.Autoencoder
+    latent_mean: torch.Tensor  # (C, 1, 1)
+    latent_std: torch.Tensor  # (C, 1, 1)
+    class_names: list
+    settings: dict  # keyword arguments of dit.sample
+
+    @classmethod
+    def load(cls, args, device):
+        """From the files that the flags name. Raises UserError if they do not fit together."""
+        model, info = dit.load(args.ckpt)
+        if not args.ae and "ae" not in info:
+            raise UserError(f"{args.ckpt} carries no autoencoder: name it with --ae")
+        autoencoder = ae.load(args.ae) if args.ae else ae.from_checkpoint(info["ae"], args.ckpt)
+        mean, std = load_statistics(args, info)
+
+        size = model.grid * model.patch_size
+        wanted = (model.in_channels, size, size)
+        pixels = autoencoder.image_size if autoencoder.masked else size * autoencoder.patch_size
+        found = autoencoder.latent_shape(pixels, pixels)
+        if not (found == wanted and len(mean) == len(std) == model.in_channels):
+            raise UserError(
+                f"the autoencoder's latents {found} or the statistics ({len(mean)} and {len(std)} "
+                f"channels) do not fit the DiT's latents {wanted}: name those it was trained on with "
+                "--ae, --stats"
+            )
+
+        settings = settings_of(args, info, guided=model.class_dropout_prob > 0)
+        names = info.get("class_names", [""] * model.num_classes)
+        return cls(*(part.to(device) for part in (model, autoencoder, mean, std)), names, settings)
+
+    @torch.no_grad()
+    def draw(self, indices, seed, batch, labels=None, classes=None):
+        """Samples by index -> uint8 (N, H, W, 3) and their classes (N,).
+
+        labels: the class of each sample; if not given, each is drawn from `classes`.
+        """
+        shape = (self.model.in_channels, *[self.model.grid * self.model.patch_size] * 2)
+        noise, drawn = [], []
+        for index in indices:
+            rng = np.random.default_rng((seed, index))
+            noise.append(rng.standard_normal(shape, dtype=np.float32))
+            if labels is None:
+                drawn.append(classes[rng.integers(len(classes))])
+        noise = torch.from_numpy(np.stack(noise))
+        y = torch.as_tensor(drawn if labels is None else labels)
+
+        images, device = [], self.latent_mean.device
+        batches = list(zip(noise.split(batch), y.split(batch), strict=True))
+        hidden = os.environ.get("RANK", "0") != "0"
+        for some_noise, some_y in tqdm(
+            batches, "drawing", unit="batch", leave=False, disable=hidden
+        ):
+            z = dit.sample(self.model, some_noise.to(device), some_y.to(device), **self.settings)
+            z = z * self.latent_std + self.latent_mean
+            images.append(ae.to_uint8(self.autoencoder.decode(z)))
+        return np.concatenate(images), y.numpy()
+
+
+def load_statistics(args, info):
+    """Mean and std of the latents, (C, 1, 1) each, from --stats or the DiT's own file."""
+    stats, names = info, ("latent_mean", "latent_std")
+    if args.stats:
+        stats, names = ae.read_checkpoint(args.stats), ("mean", "std")
+    if not all(name in stats for name in names):
+        raise UserError(
+            f"{args.stats or args.ckpt} carries no latent mean and std: name them by --stats"
+        )
+    return [torch.as_tensor(stats[name]).float().view(-1, 1, 1) for name in names]
+
+
+def settings_of(args, info, guided):
+    """Keyword arguments of dit.sample: the flag's, else the checkpoint's, else the paper's.
+
+    guided: whether the model has a null class. Raises UserError for guidance without one.
+    """
+    settings = dict(dit.SAMPLING)
+    if info.get("kind") == "dit":
+        saved = info["args"]
+        settings = {name: saved["sample_steps" if name == "steps" else name] for name in settings}
+    if not guided:
+        settings["cfg_scale"] = 1.0
+    for name in settings:
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    if settings["cfg_scale"] > 1 and not guided:
+        raise UserError(
+            "--cfg_scale above 1 needs a DiT of several classes that was trained with dropped labels"
+        )
+    return settings
+
 
 if __name__ == "__main__":
     main()

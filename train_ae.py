@@ -36,777 +36,1390 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import fid
-from ae import choose_device, or_exit
+from ae import UserError, at_least, fraction
 
-# What argparse is to know of a flag
-def number(low, high=math.inf, kind=float, **more):
-    """A number from low to high."""
-    def check(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    check.__name__ = kind.__name__   # for argparse's own message
-    return {"type": check, "metavar": kind.__name__.upper(), **more}
+# ---- Recipes: what each autoencoder is trained with ----
+#
+# [S] supplement  [R] the authors' release  [V] VQGAN and latent diffusion  [O] our choice
+# The weights of the loss terms stand with the objectives, in the classes of ae.py.
 
-one_of = lambda *names: {"choices": names}
-count, natural = number(1, kind=int), number(0, kind=int)
-share, positive, weight = number(0, 1), number(1e-9), number(0)
-betas = number(0, 1, nargs=2)
-switch = number(0, 1, int, nargs="?", const=1)
-on, place = {"action": "store_true"}, {"metavar": "PATH"}
+# Settings of the run, whatever the model. COMMON are those of both training scripts.
+COMMON = dict(
+    data=None,
+    resume=False,
+    seed=0,
+    device=None,
+    dtype=None,
+    compile=None,
+    workers=min(8, os.cpu_count()),  # [O]
+    log_every=50,  # [O]
+    steps=None,
+    lr=None,
+    grad_clip=math.inf,  # [S] none
+)
+RUN = COMMON | dict(
+    model="vmae",
+    out="out/{model}",
+    init=None,
+    ckpt_every=1000,  # [O]
+)
 
-# A flag a line: name, kind, default without --data (demo), with --data (paper) if that is another, help. A
-# dict holds defaults by autoencoder or family, "tune" with --tune_decoder, "*" else. Sources: S supplement,
-# R authors' release, V VQGAN and latent diffusion, O our choice.
-RUN = [   # of both training scripts
-    ("data", place, None, "folder of images, sub-folders are classes; none: the demo's digits"),
-    ("resume", on, False, "go on from --out's checkpoint, with its settings"),
-    ("seed", natural, 0, "of everything random"),
-    ("device", {"metavar": "NAME"}, None, "cpu, cuda, cuda:1, ...; default: cuda if there is one"),
-    ("dtype", one_of("float32", "bfloat16"), None, "of matrix products; default: bfloat16 on cuda"),
-    ("compile", switch, None, "1 or 0, torch.compile; default: 1 on cuda"),
-    ("workers", natural, 0, min(8, os.cpu_count()), "processes a rank that load images or latents"),
-    ("log_every", count, 50, "steps between log lines"),
-]
-BATCH = "images an optimiser step, over all processes, S"
-MICRO_BATCH = "images a process at once, the rest is gradient accumulation; if not given, at most this, O"
-CLIP = ("grad_clip", positive, math.inf, "longest gradient, longer ones are scaled; S: none")
-FLAGS = {
-    "run": [
-        *RUN,
-        ("out", place, "out/demo/{model}", "out/{model}", "folder for checkpoint, log and pictures"),
-        ("init", place, None, "checkpoint to start the weights from, of any image size"),
-        ("ckpt_every", count, 200, 1000, "steps between checkpoints and pictures"),
-    ],
-    "model": [
-        ("model", one_of(*ae.MODELS), "vmae", "which autoencoder"),
-        ("image_size", count, 32, {"conv": 256, "vit": 128, "tune": 256}, "pixels; ViT R, conv O"),
-        ("latent_dim", count, {"conv": 16, "vit": 8}, 16, "channels of the latent, R"),
-        ("channels", {**count, "nargs": "+"}, [32, 32, 64, 64], [128, 256, 512, 512], "conv: widths, R"),
-        ("patch_size", count, 8, "ViT: pixels a side of a token, R"),
-        ("hidden_size", count, 96, 192, "ViT: width, S"),
-        ("depth", count, 3, 12, "ViT: encoder layers, S"),
-        ("decoder_depth", count, 3, 12, "ViT: decoder layers, S"),
-        ("num_heads", count, 4, 12, "ViT: heads, R"),
-    ],
-    "objective (visible, masked, kl, lpips, disc_weight are weights of terms)": [
-        ("tune_decoder", on, False, "vmae's last stage: encoder frozen, no mask, MSE + LPIPS, R"),
-        ("mask_ratio", share, 0.6, "ViT: share of tokens hidden from the encoder, vmae S, mae O"),
-        ("recon", one_of("mse", "l1"), "mse", "conv: reconstruction, eq. 3's or V's"),
-        ("noise_std", weight, 0.1, "dae: std of the corruption, O"),
-        ("visible", weight, 0.5, "vmae: MSE of visible patches, R"),
-        ("masked", weight, {"*": 0.5, "mae": 1.0}, "ViT: MSE of masked patches, R"),
-        ("kl", weight, {"*": 5e-9, "vae": 1e-4, "vmae": 1e-6}, "KL: sdvae V rescaled, vae O, vmae R"),
-        ("prior_std", positive, 1.0, "vmae: std that the KL draws to, the paper's; R's script has 1e-3"),
-        ("lpips", weight, 0.0, {"*": 0.0, "sdvae": 1.0, "vmae": 0.5, "tune": 10.0}, "LPIPS: sdvae V, vmae R"),
-        ("disc_weight", weight, 0.5, "sdvae: adversarial term, times the adaptive weight, V"),
-        ("disc_start", count, 301, 5001, "sdvae: first step with the adversarial term, V"),
-        ("disc_loss", one_of("hinge", "vanilla"), "hinge", "sdvae: V's or eq. 6's"),
-    ],
-    "optimisation": [
-        ("epochs", positive, {"conv": 4, "vit": 10}, {"conv": 20, "vit": 400, "tune": 10}, "ViT R, conv O"),
-        ("steps", count, None, "optimiser steps; default: from --epochs"),
-        ("warmup", weight, 1, {"conv": 1, "vit": 10, "tune": 0}, "linear, epochs; ViT R, conv O"),
-        ("schedule", one_of("cosine", "constant"), "cosine", {"*": "cosine", "sdvae": "constant"},
-         "of the learning rate after the warm-up, R, O"),
-        ("batch", count, {"conv": 32, "vit": 64}, {"*": 2048, "sdvae": 256}, BATCH),
-        ("micro_batch", count, 64, {"conv": 16, "sdvae": 8, "vit": 128, "tune": 32}, MICRO_BATCH),
-        ("base_lr", weight, {"conv": 8e-3, "vit": 4e-3}, {"conv": 1e-5, "vit": 1e-4, "tune": 1e-5},
-         "learning rate at batch 256, S, tune R"),
-        ("lr", weight, None, "learning rate; default: base_lr * batch / 256"),
-        ("betas", betas, [0.9, 0.95], {"*": [0.9, 0.95], "sdvae": [0.5, 0.9]}, "AdamW; V, ViT R, O"),
-        CLIP,
-        ("weight_decay", weight, 0.0, {"conv": 0.0, "vit": 0.05}, "AdamW; sdvae V, ViT R, else O"),
-    ],
-    "evaluation, with --eval: reconstruction, smoothness, compression and cost of autoencoders": [
-        ("eval", on, False, "instead of training: a table, eval.json and a picture each"),
-        ("ckpt", {**place, "nargs": "+"}, None, "of ours, the authors' VMAE or diffusers' VAE"),
-        ("masks", place, None, "folder of label images like ADE20K's or CelebAMask-HQ's: sigma2, rho"),
-        ("inception", place, None, "file of Inception's weights, for rFID; default: downloaded once"),
-        ("half_pixel", switch, 1, "rFID with: 1 pytorch-fid's resizing, as the paper; 0 the evaluator's"),
-    ],
+CONV = RUN | dict(
+    image_size=256,  # [O] pixels on a side
+    channels=[128, 256, 512, 512],  # [R] widths of the levels
+    latent_dim=16,  # [R] channels of the latent
+    recon="mse",  # [S] the reconstruction term, eq. 3
+    epochs=20,  # [O]
+    warmup=1,  # [O] epochs in which the learning rate rises from 0
+    schedule="cosine",  # [O] of the learning rate after the warm-up
+    batch=2048,  # [S] images per optimiser step, over all processes
+    micro_batch=16,  # [O] images per process at once, the rest is gradient accumulation
+    base_lr=1e-5,  # [S] learning rate at batch 256
+    betas=[0.9, 0.95],  # [O] AdamW
+    weight_decay=0.0,  # [O] AdamW
+)
+VIT = RUN | dict(
+    image_size=128,  # [R] pixels on a side; the decoder is tuned at 256
+    patch_size=8,  # [R] pixels on a side of a token
+    hidden_size=192,  # [S] width
+    depth=12,  # [S] encoder blocks
+    decoder_depth=12,  # [S] decoder blocks
+    num_heads=12,  # [R]
+    latent_dim=16,  # [R] channels of the latent
+    mask_ratio=0.6,  # [S] for VMAE, [O] for MAE
+    epochs=400,  # [R]
+    warmup=10,  # [R]
+    schedule="cosine",  # [R]
+    batch=2048,  # [S]
+    micro_batch=128,  # [O]
+    base_lr=1e-4,  # [S]
+    betas=[0.9, 0.95],  # [R]
+    weight_decay=0.05,  # [R]
+)
+SDVAE = dict(
+    batch=256,  # [S]
+    micro_batch=8,  # [O]
+    betas=[0.5, 0.9],  # [V]
+    schedule="constant",  # [O]
+    disc_weight=0.5,  # [V] lambda_D of eq. 6, times the adaptive weight
+    disc_start=5001,  # [O] first step with the adversarial term
+    disc_loss="hinge",  # [V] eq. 6 writes "vanilla"
+)
+PAPER = {
+    "ae": CONV | ae.AE.weights,
+    "dae": CONV | ae.DAE.weights | dict(noise_std=0.1),  # [O] std of the corruption, eq. 4
+    "vae": CONV | ae.VAE.weights,
+    "sdvae": CONV | ae.SDVAE.weights | SDVAE,
+    "mae": VIT | ae.MAE.weights,
+    "vmae": VIT
+    | ae.VMAE.weights
+    | dict(
+        prior_std=1.0,  # [S] the std that the KL draws to
+        tune_decoder=False,
+    ),
 }
-CONV = ("channels", "latent_dim", "recon")
-VIT = ("image_size", "patch_size", "hidden_size", "depth", "decoder_depth", "num_heads", "latent_dim",
-       "mask_ratio")
-ARGUMENTS = {"ae": CONV, "dae": (*CONV, "noise_std"), "vae": CONV, "sdvae": CONV, "mae": VIT,
-             "vmae": (*VIT, "prior_std", "tune_decoder")}   # of the classes in ae.MODELS, by the flag's name
+# VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction.
+PAPER["tune"] = VIT | dict(
+    tune_decoder=True,
+    image_size=256,  # [R]
+    lpips=10.0,  # [R]
+    epochs=10,  # [R]
+    warmup=0,  # [R]
+    micro_batch=32,  # [O]
+    base_lr=1e-5,  # [R]
+)
+del PAPER["tune"]["mask_ratio"]  # nothing is masked
 
-def flags_of(model):
-    """Flags that not every autoencoder has."""
-    disc = {"disc_weight", "disc_start", "disc_loss"} if model == "sdvae" else set()
-    return {*ARGUMENTS[model], *ae.MODELS[model].weights, *disc} - {"image_size"}
+# What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
+DEMO_RUN = dict(
+    out="out/demo/{model}",
+    workers=0,  # digits need no processes that load them
+    ckpt_every=200,
+)
+DEMO_CONV = DEMO_RUN | dict(
+    image_size=32,
+    channels=[32, 32, 64, 64],
+    lpips=0.0,  # digits need no VGG16
+    epochs=4,
+    schedule="cosine",
+    batch=32,
+    micro_batch=64,
+    base_lr=8e-3,
+    betas=[0.9, 0.95],
+)
+DEMO_VIT = DEMO_RUN | dict(
+    image_size=32,
+    latent_dim=8,
+    hidden_size=96,
+    depth=3,
+    decoder_depth=3,
+    num_heads=4,
+    lpips=0.0,
+    epochs=10,
+    warmup=1,
+    batch=64,
+    micro_batch=64,
+    base_lr=4e-3,
+    weight_decay=0.0,
+)
+DEMO = {
+    name: recipe | (DEMO_CONV if "channels" in recipe else DEMO_VIT)
+    for name, recipe in PAPER.items()
+}
+DEMO["sdvae"] |= dict(disc_start=301)
 
-# ---- Settings, shared with train_dit.py ----
-SIGNALS = (signal.SIGTERM, signal.SIGINT)   # end a training run after its step
-FREE_ON_RESUME = {"data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers",
-                  "steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every"}   # or not
+# Settings that are arguments of the classes in ae.py.
+ARGUMENTS = (
+    *("image_size", "channels", "latent_dim", "recon", "noise_std"),
+    *("patch_size", "hidden_size", "depth", "decoder_depth", "num_heads"),
+    *("mask_ratio", "prior_std", "tune_decoder"),
+)
 
-def parse_args(doc, flags, kind):
-    """(args, checkpoint of this kind to resume or None). A flag not given is the run's, else the default."""
+EVAL = dict(
+    eval=True,
+    ckpt=None,
+    data=None,
+    out="out/eval",
+    image_size=None,
+    micro_batch=16,  # in float32, of any autoencoder
+    masks=None,
+    inception=None,
+    half_pixel=1,  # [R]
+    seed=0,
+    device=None,
+    workers=COMMON["workers"],
+)
+
+
+def recipe_of(flags):
+    """The settings in force with these flags, and whose they are, in words."""
+    if "eval" in flags:
+        return EVAL if "data" in flags else EVAL | dict(workers=0), "--eval"
+    recipes = PAPER if "data" in flags else DEMO
+    model = flags.get("model", RUN["model"])
+    if "tune_decoder" in flags and model == "vmae":
+        return recipes["tune"], "--model vmae --tune_decoder"
+    return recipes[model], f"--model {model}"
+
+
+# ---- Flags ----
+
+
+def parse_args():
+    """(args, checkpoint to resume or None)."""
+    parser = new_parser(__doc__, DEMO, PAPER)
+    add = add_common_flags(parser)
+    add("--out", help="folder for checkpoint, log and pictures")
+    add("--init", help="checkpoint to start the weights from, of any image size")
+    add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=list(ae.MODELS), help="which autoencoder")
+    add("--image_size", type=at_least(1), help="pixels on a side")
+    add("--latent_dim", type=at_least(1), help="channels of the latent")
+    add("--channels", type=at_least(1), nargs="+", help="widths of the levels")
+    add("--patch_size", type=at_least(1), help="pixels on a side of a token")
+    add("--hidden_size", type=at_least(1), help="width of the ViT")
+    add("--depth", type=at_least(1), help="encoder blocks")
+    add("--decoder_depth", type=at_least(1), help="decoder blocks")
+    add("--num_heads", type=at_least(1), help="attention heads")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--tune_decoder", action="store_true", help="VMAE's last stage, from --init")
+    add("--mask_ratio", type=fraction, help="share of the tokens that are masked")
+    add("--recon", choices=("mse", "l1"), help="reconstruction term: eq. 3's or VQGAN's")
+    add("--noise_std", type=at_least(0.0), help="std of the corruption, eq. 4")
+    add("--visible", type=at_least(0.0), help="weight of the visible patches' MSE")
+    add("--masked", type=at_least(0.0), help="weight of the masked patches' MSE")
+    add("--kl", type=at_least(0.0), help="weight of the KL")
+    add("--prior_std", type=at_least(1e-9), help="std that the KL draws to (release: 1e-3)")
+    add("--lpips", type=at_least(0.0), help="weight of LPIPS; above 0 it needs VGG16")
+    add("--disc_weight", type=at_least(0.0), help="lambda_D, times the adaptive weight")
+    add("--disc_start", type=at_least(1), help="first step with the adversarial term")
+    add("--disc_loss", choices=("hinge", "vanilla"), help="D's loss: VQGAN's or eq. 6's")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=at_least(1e-9), help="length of the run")
+    add("--steps", type=at_least(1), help="the same in optimiser steps (default: from --epochs)")
+    add("--warmup", type=at_least(0.0), help="epochs in which the learning rate rises from 0")
+    add("--schedule", choices=("cosine", "constant"), help="of the learning rate after that")
+    add("--batch", type=at_least(1), help="images per optimiser step, over all processes")
+    add("--micro_batch", type=at_least(1), help="images per process at once, at most")
+    add("--base_lr", type=at_least(0.0), help="learning rate at batch 256")
+    add("--lr", type=at_least(0.0), help="learning rate (default: from base_lr, batch)")
+    add("--betas", type=fraction, nargs=2, help="AdamW")
+    add("--grad_clip", type=at_least(1e-9), help="largest norm of the gradients")
+    add("--weight_decay", type=at_least(0.0), help="AdamW, of matrices and the mask token")
+
+    add = parser.add_argument_group("evaluation, instead of training").add_argument
+    add("--eval", action="store_true", help="write a table and pictures to --out")
+    add("--ckpt", nargs="+", help="files of ours, the authors' VMAE or diffusers' VAE")
+    add("--masks", help="label images like ADE20K's or CelebAMask-HQ's")
+    add("--inception", help="file of Inception's weights (default: downloaded)")
+    add("--half_pixel", **SWITCH, help="rFID's resizing: 1 pytorch-fid's, 0 ADM's (default: 1)")
+    return settle(parser, recipe_of, "autoencoder")
+
+
+def main():
+    try:
+        args, ckpt = parse_args()
+        if "eval" in args:
+            evaluate(args)
+        else:
+            train(args, ckpt)
+    except (UserError, fid.UserError) as error:
+        ae.exit_with(error)
+
+
+# ---- Training ----
+
+
+def train(args, ckpt):
+    """Train an autoencoder, from the start or from the checkpoint ckpt."""
+    # The images, and how long to train on them.
+    images = Images(args.data)
+    args.steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
+    args.lr = args.base_lr * args.batch / 256 if args.lr is None else args.lr
+    if ckpt and finished(args, ckpt, images):
+        return
+
+    # The network, LPIPS if the recipe has it, and eq. 6's discriminator.
+    torch.manual_seed(args.seed)  # weights start the same in every process
+    net, config = build(args, start_from=None if ckpt else args.init)
+    lpips = ae.lpips_vgg() if args.lpips > 0 else None
+    adversarial = args.model == "sdvae"
+    if adversarial and args.image_size < 24:
+        raise UserError(
+            f"--image_size {args.image_size} is too small for the discriminator: 24 at least"
+        )
+
+    run = Run(args)
+    net.to(run.device)
+    optimizer = make_optimizer(net, args)
+    parts = {"model": net, "optimizer": optimizer}
+    perceptual = None
+    if lpips is not None:
+        lpips.to(run.device, memory_format=torch.channels_last)
+
+        def perceptual(x_hat, x):
+            return lpips(x_hat, x).mean()
+
+    if adversarial:
+        disc = ae.Discriminator().to(run.device)
+        if run.world > 1 and run.device != "cpu":
+            disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
+        disc_optimizer = torch.optim.AdamW(
+            disc.parameters(), args.lr, args.betas, weight_decay=0, fused=True
+        )
+        parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
+
+    if run.rank == 0:
+        flops = training_flops(net, args.image_size, lpips, disc if adversarial else None)
+        run.introduce(images, net, flops)
+        preview = preview_images(
+            Images(held_out=True) if images.digits else images, args, run.device
+        )
+    run.begin(ckpt, **parts)
+    if run.compiled:
+        compile_for_training(net, adversarial)
+    model = net
+    if run.world > 1:
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    # Digits are shown as they are, photographs are augmented.
+    transform = functools.partial(augment, args.image_size, args.seed)
+    if images.digits:
+        transform = functools.partial(crop_and_flip, args.image_size, False)
+    order = training_order(args, len(images), run.slices, run.done)
+    batches = load_batches(Batches(images, transform), order, args.workers, run.device)
+    warmup_steps = args.warmup * len(images) / args.batch
+
+    for step in range(run.done, args.steps):
+        # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
+        # processes or smaller micro-batches change the speed, not the run.
+        draws = net.randomness(args.batch, args.image_size, run.generator(step))
+        with_disc = adversarial and step + 1 >= args.disc_start
+        totals = {}
+
+        for rows in run.slices:
+            x, _ = next(batches)
+            draw = {name: values[rows] for name, values in draws.items()}
+            # DDP averages gradients over the processes, once per step.
+            model.require_backward_grad_sync = rows == run.slices[-1]
+
+            with run.autocast():
+                loss, terms, x_hat = model(x, perceptual=perceptual, **draw)
+                if with_disc:  # the third term of eq. 6
+                    last_layer = net.decoder.conv_out.weight
+                    adv, loss_d, adv_terms = ae.adversarial_losses(
+                        disc, x, x_hat, loss, last_layer, args.disc_weight, args.disc_loss
+                    )
+                    loss = loss + adv
+                    terms |= adv_terms
+
+            (loss / len(run.slices)).backward()
+            if with_disc:
+                (loss_d / len(run.slices)).backward()
+            for name, term in {"loss": loss.detach(), **terms}.items():
+                totals[name] = totals.get(name, 0) + term / len(run.slices)
+
+        optimizers = [optimizer]
+        if with_disc:
+            run.average_gradients(disc)
+            optimizers.append(disc_optimizer)
+        run.update(optimizers, run.learning_rate(step, warmup_steps), totals)
+
+        run.listen()
+        if run.save_due():
+            run.save(kind="autoencoder", name=args.model, config=config, images=len(images))
+            run.draw(lambda: draw_reconstructions(net, preview, run))
+        if run.ending:
+            break
+    run.finish("recon.png")
+
+
+def build(args, start_from=None):
+    """The autoencoder that the flags describe, and its class's arguments, which checkpoints keep.
+
+    start_from: a checkpoint of a model of the same sizes, whose weights it gets. Raises UserError
+    if the flags or the checkpoint do not fit.
+    """
+    model = ae.MODELS[args.model]
+    config = {name: getattr(args, name) for name in ARGUMENTS if name in args}
+    config["weights"] = {name: getattr(args, name) for name in model.weights if name in args}
+    net = model(**config)
+    net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
+
+    if args.model == "vmae" and args.tune_decoder:
+        if not args.init:
+            raise UserError("--tune_decoder is VMAE's last stage: it needs --init CKPT")
+        # Only what comes after the latent is trained; not the mask token, nothing is masked.
+        net.requires_grad_(False)
+        for name, module in net.named_children():
+            module.requires_grad_(name == "from_latent" or name.startswith("decoder"))
+
+    if start_from:
+        start = ae.load(start_from)
+        state = start.state_dict()
+        if start.masked and net.masked:
+            state = ae.resize_positions(state, net.grid)
+        if shapes(state) != shapes(net.state_dict()):
+            raise UserError(
+                f"--init {start_from} is of another model or of other sizes than the flags say: "
+                f"it holds a {start.recipe['name']} of {start.recipe['config']}"
+            )
+        net.load_state_dict(state)
+    return net, config
+
+
+def shapes(state):
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def make_optimizer(net, args):
+    """AdamW on what of net is trained; biases and norms, which have one dimension, do not decay."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, args.lr, args.betas, fused=True)
+
+
+def compile_for_training(net, adversarial):
+    """torch.compile, in place.
+
+    adaptive_weight takes gradients at the decoder's last layer, which must be left as it is: of an
+    SD-VAE only what comes before that is compiled.
+    """
+    parts = [net]
+    if adversarial:
+        parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
+    for part in parts:
+        part.compile()
+
+
+def training_flops(net, size, lpips=None, disc=None):
+    """FLOPs of forward and backward pass of all that trains or judges one image."""
+    net, lpips, disc = (copy.deepcopy(part) for part in (net, lpips, disc))
+    for part in (net, lpips, disc):
+        if part is not None:
+            part.to("meta")  # where nothing is computed
+
+    def forward_and_backward():
+        x = torch.zeros(1, 3, size, size, device="meta")
+        loss, _, x_hat = net(x, perceptual=lpips)
+        if disc is not None:
+            last_layer = net.decoder.conv_out.weight
+            adv, loss_d, _ = ae.adversarial_losses(disc, x, x_hat, loss, last_layer)
+            loss_d.backward()
+            loss = loss + adv
+        loss.sum().backward()
+
+    return count_flops(forward_and_backward)
+
+
+# ---- Pictures ----
+
+
+def preview_images(images, args, device):
+    """Ten images for pictures (10, 3, S, S), spread over all."""
+    dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, False))
+    keys = [[(i * len(images) // 10, 0, False) for i in range(10)]]
+    return next(load_batches(dataset, keys, args.workers, device))[0]
+
+
+@torch.no_grad()
+def draw_reconstructions(net, x, run):
+    """recon.png: originals, reconstructions; of a ViT also what training shows and predicts."""
+    pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
+    if net.masked:
+        draws = net.randomness(len(x), net.image_size, generator(run.device, run.args.seed))
+        prediction, _, mask = net.masked_pass(x, **draws)
+        mask = mask.view(-1, 1, net.grid, net.grid)
+        mask = F.interpolate(mask, scale_factor=net.patch_size)  # of pixels
+        pictures["masked input"] = x * (1 - mask)
+        pictures["prediction"] = torch.where(mask > 0, prediction, x)
+    rows = [ae.to_uint8(images) for images in pictures.values()]
+    ae.save_grid(os.path.join(run.args.out, "recon.png"), rows, list(pictures))
+
+
+# =================================================================================================
+# Shared with train_dit.py: flags and their settling, the run, images and batches
+# =================================================================================================
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # end a training run after its step
+
+# Flags that may differ from those of the run that --resume goes on with.
+FREE_ON_RESUME = {
+    *("data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers"),
+    *("steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every"),
+}
+
+
+# What argparse is to know of a flag that is 1 or 0; without a number it is 1.
+SWITCH = dict(type=int, choices=(0, 1), nargs="?", const=1)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help, with the default of each flag in the demo and with the paper's settings."""
+
+    def __init__(self, prog, demo, paper):
+        super().__init__(prog, max_help_position=28, width=100)
+        self.demo, self.paper = demo, paper
+
+    def _get_default_metavar_for_optional(self, action):
+        return action.type.__name__.upper() if action.type else "NAME"
+
+    def _get_help_string(self, action):
+        demo, paper = (in_words(action.dest, recipes) for recipes in (self.demo, self.paper))
+        if not paper:
+            return action.help
+        defaults = f"default: {demo}" if demo == paper else f"demo: {demo}; paper: {paper}"
+        return f"{action.help} ({defaults})".replace("%", "%%")
+
+
+def in_words(name, recipes):
+    """A setting's values in recipes by name, such as "20 (conv), 400 (vit)"; "" if it has none."""
+    owners = {}
+    for owner, recipe in recipes.items():
+        value = recipe.get(name)
+        if value is not None and value is not False and value is not True:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            owners.setdefault(text, []).append(owner)
+    if len(owners) < 2:
+        return "".join(owners)
+    families = {"ae dae vae sdvae": "conv", "mae vmae": "vit", "mae vmae tune": "vit"}
+    names = {text: " ".join(found) for text, found in owners.items()}
+    return ", ".join(f"{text} ({families.get(found, found)})" for text, found in names.items())
+
+
+def new_parser(doc, demo, paper):
+    """A parser without defaults: they are settled later. demo, paper: recipes by name, for --help."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100),
-        argument_default=argparse.SUPPRESS, allow_abbrev=False, usage="%(prog)s [flags]",
-        epilog="Sources of defaults: S supplement, R the authors' release and LightningDiT, V VQGAN and\n"
-        "latent diffusion, O our choice. demo: without --data, paper: with it. conv: ae, dae, vae, sdvae;\n"
-        "vit: mae, vmae; tune: with --tune_decoder.")
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    for title, rows in flags.items():
-        group = parser.add_argument_group(title)
-        for name, how, *values, text in rows:
-            shown = [", ".join(f"{key} {x}".removeprefix("* ") for key, x in value.items())
-                     if isinstance(value, dict) else str(value).replace("None", "none") for value in values]
-            if values != [None] and how is not on:
-                text += f" ({'demo' if values[1:] else 'default'}: {'; paper: '.join(shown)})"
-            group.add_argument(f"--{name}", help=text, **how)
-    given = vars(parser.parse_args())
+        description=doc,
+        formatter_class=functools.partial(Help, demo=demo, paper=paper),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage="%(prog)s [flags]",
+        epilog="demo: without --data; paper: with it. Where the defaults come from: see the recipes "
+        "at the top of\nthe script.",
+    )
 
-    column = -1 if "data" in given else 0
-    args = {name: values[column] for rows in flags.values() for name, _, *values, _ in rows} | given
-    model = args["model"]
-    keys = ["tune" if "tune_decoder" in given else model, model, "vit" if "mae" in model else "conv", "*"]
-    for name, value in args.items():
-        if isinstance(value, dict):
-            args[name] = next(value[key] for key in keys if key in value)
-        elif isinstance(value, str) and name not in given:   # of defaults that name a folder
-            args[name] = value.format(model=model, out=args["out"])
-    if "eval" in given and "out" not in given:
-        args["out"] = "out/eval"
-    path, ckpt = os.path.join(args["out"], "ckpt.pt"), None
-    if args["resume"]:
-        ckpt = or_exit(read_latest, path)
+    def refuse(message):
+        raise UserError(message)
+
+    parser.error = refuse
+    return parser
+
+
+def add_common_flags(parser):
+    """The flags that both training scripts have; returns the group's add_argument."""
+    add = parser.add_argument_group("run").add_argument
+    add("--data", help="folder of images (default: the demo's digits)")
+    add("--resume", action="store_true", help="go on from --out's checkpoint, with its settings")
+    add("--seed", type=at_least(0), help="of everything random")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of products (default: bfloat16 on cuda)")
+    add("--compile", **SWITCH, help="torch.compile (default: 1 on cuda)")
+    add("--workers", type=at_least(0), help="processes per rank that load images or latents")
+    add("--log_every", type=at_least(1), help="steps between log lines")
+    return add
+
+
+def settle(parser, recipe_of, kind):
+    """(args, ckpt) from the command line; ckpt is the checkpoint to resume, of this kind, or None.
+
+    A flag that is not given takes the run's value when resuming, else the recipe's. recipe_of:
+    flags -> settings, whose they are. args.given holds the names of the flags that were given.
+    Raises UserError, before anything is written.
+    """
+    flags = vars(parser.parse_args())
+    recipe, owner = recipe_of(flags)
+    args = recipe | flags
+    args["out"] = args["out"].format(model=args.get("model"))
+    path, ckpt, allowed = os.path.join(args["out"], "ckpt.pt"), None, recipe.keys()
+
+    if args.get("resume"):
+        ckpt = read_latest(path)
         if ckpt.get("kind") != kind or "args" not in ckpt:
-            sys.exit(f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out")
+            raise UserError(
+                f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out"
+            )
         saved = ckpt["args"]
-        for name in sorted(given.keys() & saved.keys() - FREE_ON_RESUME):
-            if given[name] != saved[name]:
-                sys.exit(f"{path} is of a run with --{name} {saved[name]}, not {given[name]}: leave the flag "
-                         "out to resume it, or start afresh in another --out")
+        for name in sorted(flags.keys() & saved.keys() - FREE_ON_RESUME):
+            if flags[name] != saved[name]:
+                raise UserError(
+                    f"{path} is of a run with --{name} {saved[name]}, not {flags[name]}: leave the "
+                    "flag out to resume it, or start afresh in another --out"
+                )
+        # Paths that a file names are never opened: they have to be given again.
         paths = {name: args[name] for name in ("out", "data", "cache") if name in args}
         for name, value in paths.items():
-            if saved[name] and not value:   # no path that a file names is opened
-                sys.exit(f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again")
-        args |= {**saved, **given, **paths}
-    elif (os.path.exists(path) or os.path.exists(previous(path))) and "eval" not in given:
-        sys.exit(f"{path} exists: go on with --resume, or choose another --out")
-    return argparse.Namespace(**args, given=set(given)), ckpt
+            if saved[name] and not value:
+                raise UserError(
+                    f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again"
+                )
+        args |= {**saved, **flags, **paths}
+        allowed = saved.keys() | FREE_ON_RESUME
+    elif "eval" not in args and (os.path.exists(path) or os.path.exists(previous(path))):
+        raise UserError(f"{path} exists: go on with --resume, or choose another --out")
+
+    for name in sorted(flags.keys() - allowed):
+        hint = ""
+        if name in EVAL and "eval" not in flags:
+            hint = ", only of --eval: to start from a checkpoint, name it with --init"
+        raise UserError(f"--{name} is not a flag of {owner}{hint}")
+    return argparse.Namespace(**args, given=set(flags)), ckpt
+
 
 def settings(args):
     """What a checkpoint keeps of the flags: plain values by name."""
-    passing = {"given", "resume", "device", "autocast", "compiled"}
-    return {name: value for name, value in vars(args).items() if name not in passing}
+    return {k: v for k, v in vars(args).items() if k not in ("given", "resume", "device")}
 
-def setup(args):
-    """Device, precision, process group, micro-batch: completes args, returns rank and number of processes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank == 0:
-        print("paper settings" if args.data else "demo settings, for want of --data", flush=True)
-    args.device = choose_device(args.device)
-    cuda = args.device != "cpu"
-    args.autocast = cuda if args.dtype is None else args.dtype == "bfloat16"
-    args.compiled = bool(cuda if args.compile is None else args.compile)
-    if args.batch % world:
-        sys.exit(f"--batch {args.batch} does not divide over {world} processes")
-    part = args.batch // world   # images of one process in a step
-    if "micro_batch" in args.given and part % args.micro_batch:
-        sys.exit(f"--micro_batch {args.micro_batch} does not divide the {part} images of a process in a step")
-    args.micro_batch = max(m for m in range(1, min(args.micro_batch, part) + 1) if part % m == 0)
-    or_exit(os.makedirs, args.out, exist_ok=True)
-    if world > 1:   # the others wait while rank 0 draws pictures, or one fills the cache's last shard
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=6))
-    return rank, world
 
-def introduce(args, images, world, net, *inputs):
-    """The settings in force, the data, the size of the network and its cost on one image, the inputs."""
-    print("  ".join(f"{name} {value}" for name, value in settings(args).items()) + f"  device {args.device}  "
-          f"{'bfloat16' if args.autocast else 'float32'}{', compiled' if args.compiled else ''}")
-    print(f"{len(images):,} images of {len(images.classes)} classes, {args.data or 'the bundled digits'}; "
-          f"{args.steps:,} steps of {args.batch} on {world} processes, {args.micro_batch} at once")
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2 ** 20:.1f} MiB in float32, "
-          f"{gflops(net, *inputs):.4g} GFLOPs forward an image, three times that in training", flush=True)
+def previous(path):
+    return path.removesuffix(".pt") + ".previous.pt"
 
-def gflops(module, *inputs, method="forward"):
-    """Of one call, multiply and add counted as two; on PyTorch's meta device, so nothing is computed."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        getattr(copy.deepcopy(module).to("meta"), method)(*(x.to("meta") for x in inputs))
-    return counter.get_total_flops() / 1e9
+
+def read_latest(path):
+    """The checkpoint to resume: ckpt.pt, or the one before if that is damaged or missing."""
+    try:
+        return ae.read_checkpoint(path)
+    except UserError as error:
+        if not os.path.exists(previous(path)):
+            raise
+        warn(f"{error}; going on from the one before, {previous(path)}")
+        # ckpt.pt is damaged, so it must not take the place of the good one before it.
+        return {**ae.read_checkpoint(previous(path)), "damaged": True}
+
+
+def finished(args, ckpt, images):
+    """True, and says so, if the run of ckpt is already complete. Raises UserError for other images."""
+    n, classes = len(images), images.classes
+    if (ckpt["images"], ckpt.get("class_names", classes)) != (n, classes):
+        raise UserError(
+            f"--resume: the run had {ckpt['images']} images, --data holds {n}, or other classes"
+        )
+    complete = ckpt["step"] >= args.steps
+    if complete and rank_and_world()[0] == 0:
+        print(f"{args.out} is finished, at step {ckpt['step']}")
+    return complete
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def rank_and_world():
+    """This process's number and the number of processes, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(args):
+    """Make --out and join the other processes -> rank, world, device ("cpu" or "cuda:N")."""
+    rank, world = rank_and_world()
+    device = ae.choose_device(args.device)
+    ae.make_folder(args.out)
+    if world > 1:
+        # gloo for what is on the CPU. The others wait while rank 0 draws pictures, or while one
+        # process fills the last shard of a cache: hours, not NCCL's ten minutes.
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    return rank, world, device
+
 
 def seed_of(*key):
     """Integers, such as (seed, epoch, index) -> one seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
+
 def generator(device, *key):
-    """All that is random in a step comes from generator(device, seed, step)."""
+    """The source of all that is random under this key, such as (seed, step)."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
-def previous(path):
-    return path.removesuffix(".pt") + ".previous.pt"
 
-def read_latest(path):
-    """The checkpoint to resume: ckpt.pt, or with a warning the one before if that is damaged or missing."""
-    try:
-        return ae.read_checkpoint(path)
-    except (OSError, ValueError) as error:
-        if not os.path.exists(previous(path)):
-            raise
-        print(f"warning: {error}; going on from the one before, {previous(path)}", file=sys.stderr)
-        return {**ae.read_checkpoint(previous(path)), "damaged": True}   # the latest, which is not to be kept
+def count_flops(function):
+    """FLOPs of a call, a multiply and an add counted as two."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
-def finished(args, ckpt, images):
-    """Whether the run to resume has no steps left, which it says. The images must be the same."""
-    n = len(images)
-    if (ckpt["images"], ckpt.get("class_names", images.classes)) != (n, images.classes):
-        sys.exit(f"--resume: the run had {ckpt['images']} images, --data holds {n}, or other classes")
-    if ckpt["step"] >= args.steps:
-        print(f"{args.out} is finished, at step {ckpt['step']}")
-    return ckpt["step"] >= args.steps
+
+def gflops(module, *inputs, method="forward"):
+    """GFLOPs of one call, on PyTorch's meta device, where nothing is computed."""
+    module, inputs = copy.deepcopy(module).to("meta"), [x.to("meta") for x in inputs]
+    with torch.no_grad():
+        return count_flops(lambda: getattr(module, method)(*inputs)) / 1e9
+
 
 class Run:
-    """The bookkeeping of a training run: its log, its checkpoints, and what may happen on the way.
+    """A training run: its processes, device and precision, its share of each global batch, its
+    learning rate, its steps, log and checkpoints, and the signals that end it.
 
-    A step with a loss or a gradient that is not finite changes nothing, 20 of them in a row end the run;
-    SIGTERM and SIGINT end it after the step, saved. Only a step that is logged or saved waits for the device.
-    parts: modules and optimisers by their names in checkpoints; those of ckpt, if there is one, go on.
+    Only a step that is logged or saved waits for the device. Raises UserError if the batch does not
+    divide or the device is not there.
     """
-    def __init__(self, args, rank, world, ckpt, **parts):
-        self.args, self.rank, self.world, self.parts = args, rank, world, parts
-        for name in parts if ckpt else ():
-            parts[name].load_state_dict(ckpt[name])
-        self.done = ckpt["step"] if ckpt else 0   # steps
-        self.skipped = torch.tensor(ckpt["skipped"] if ckpt else 0.0, device=args.device)   # of these
-        self.saved = 0 if ckpt and "damaged" in ckpt else self.done   # the step that ckpt.pt holds
-        self.in_row = torch.zeros((), device=args.device)              # skipped ones, up to now
-        self.seen = torch.zeros((), pin_memory=args.device != "cpu")   # the same, on a GPU some steps ago
+
+    def __init__(self, args):
+        self.args = args
+        rank, world = rank_and_world()
+        share = args.batch // world  # images of this process in a step
+        if args.batch % world:
+            raise UserError(f"--batch {args.batch} does not divide over {world} processes")
+        if "micro_batch" in args.given and share % args.micro_batch:
+            raise UserError(
+                f"--micro_batch {args.micro_batch} does not divide the {share} images of a process "
+                "in a step"
+            )
+        largest = min(args.micro_batch, share)
+        args.micro_batch = max(m for m in range(1, largest + 1) if share % m == 0)
+        self.slices = slices_of(share, args.micro_batch, rank)
+
+        self.rank, self.world, self.device = join_processes(args)
+        on_gpu = self.device != "cpu"
+        self.bfloat16 = on_gpu if args.dtype is None else args.dtype == "bfloat16"
+        self.compiled = on_gpu if args.compile is None else bool(args.compile)
+
+    def introduce(self, images, net, training_flops):
+        """Print the settings in force, the data, the network and its cost."""
+        args = self.args
+        print("demo settings (no --data given)" if args.data is None else "paper settings")
+        print("  ".join(f"{name} {value}" for name, value in settings(args).items()))
+        print(
+            f"{len(images):,} images of {len(images.classes)} classes, "
+            f"{args.data or 'the bundled digits'}; {args.steps:,} steps of {args.batch} images, "
+            f"{args.micro_batch} at once"
+        )
+        parameters = sum(p.numel() for p in net.parameters())
+        print(
+            f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2**20:.1f} MiB in float32, "
+            f"{training_flops / 1e9:.4g} GFLOPs per image in training"
+        )
+        print(
+            f"{self.world} processes on {self.device}, "
+            f"{'bfloat16' if self.bfloat16 else 'float32'}{', compiled' if self.compiled else ''}",
+            flush=True,
+        )
+
+    def begin(self, ckpt, **parts):
+        """Start counting, from ckpt if there is one.
+
+        parts: the modules and optimisers that checkpoints hold, by name; they get ckpt's state.
+        """
+        self.parts = parts
+        if ckpt:
+            for name, part in parts.items():
+                part.load_state_dict(ckpt[name])
+        self.done = ckpt["step"] if ckpt else 0  # steps taken or skipped
+        skipped = ckpt["skipped"] if ckpt else 0.0
+        self.skipped = torch.tensor(skipped, device=self.device)  # steps skipped, in all
+        self.skipped_in_row = torch.zeros((), device=self.device)  # up to now
+        # The same on the CPU: of a GPU, as it was some steps ago.
+        self.skipped_in_row_seen = torch.zeros((), pin_memory=self.device != "cpu")
+        self.saved = 0 if ckpt and "damaged" in ckpt else self.done  # the step that ckpt.pt holds
+
+        self.log_path = os.path.join(self.args.out, "log.jsonl")
+        if self.rank == 0 and os.path.exists(self.log_path):
+            self.trim_log()
+
         self.ending = self.signalled = False
         for number in SIGNALS:
-            signal.signal(number, lambda *_: setattr(self, "signalled", True))
-        self.log = os.path.join(args.out, "log.jsonl")
-        if rank == 0 and os.path.exists(self.log):   # what follows the checkpoint comes again
-            with open(self.log, "rb") as old, ae.whole_file(self.log) as new:
-                new.writelines(line for line in old   # not torn, not later
-                               if line.endswith(b"\n") and json.loads(line)["step"] <= self.done)
+            signal.signal(number, self.on_signal)
+        self.start_clock()
+
+    def on_signal(self, number, frame):
+        self.signalled = True
+
+    def start_clock(self):
+        """Speed is measured from here on."""
         self.clock = time.time(), self.done
-    def step(self, terms, optimizers, lr):
-        """An optimiser step, logged if due -> 1.0, or 0.0 if skipped. terms: detached, of this process."""
-        norms = []
-        for optimizer in optimizers:
-            groups = optimizer.param_groups
-            for group in groups:
-                group["lr"] = lr
-            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            norms.append(torch.stack(torch._foreach_norm(grads)).norm())
-            if self.args.grad_clip < math.inf:
-                torch._foreach_mul_(grads, (self.args.grad_clip / norms[-1]).clamp(max=1))
+
+    def trim_log(self):
+        """Drop the log lines after the checkpoint: those steps are run again."""
+        with open(self.log_path, "rb") as old, ae.whole_file(self.log_path) as new:
+            for line in old:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= self.done:
+                    new.write(line)
+
+    # ---- What a step needs ----
+
+    def generator(self, step):
+        """The source of all that is random in a step, alike in every process."""
+        return generator(self.device, self.args.seed, step)
+
+    def autocast(self):
+        kind = self.device.split(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
+
+    def learning_rate(self, step, warmup_steps=0):
+        """Linear warm-up from 0, then constant or half a cosine to 0."""
+        args = self.args
+        if step < warmup_steps:
+            return args.lr * step / warmup_steps
+        if args.schedule == "constant":
+            return args.lr
+        angle = math.pi * (step - warmup_steps) / max(1, args.steps - warmup_steps)
+        return args.lr * 0.5 * (1 + math.cos(angle))
+
+    def average_gradients(self, module):
+        """Over the processes, for a module that DDP does not wrap."""
+        if self.world > 1:
+            for p in module.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
+
+    # ---- The optimiser step ----
+
+    def update(self, optimizers, lr, terms):
+        """Clip, step, count, and log if it is due -> 1.0, or 0.0 if the step was skipped.
+
+        A step with a loss or a gradient that is not finite changes nothing. terms: detached scalars
+        of this process, by name.
+        """
+        norms = [self.clip(optimizer) for optimizer in optimizers]
         values = torch.stack(list(terms.values()))
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
-        bad = 1 - torch.cat([values, torch.stack(norms)]).isfinite().all().float()
+        taken = torch.cat([values, torch.stack(norms)]).isfinite().all().float()
+
         for optimizer in optimizers:
-            optimizer.found_inf = bad   # as torch.amp tells a fused optimiser, on the device, to do nothing
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # A fused optimiser reads this on the device, as with torch.amp, and does nothing if it
+            # is 1: no process has to wait for the number.
+            optimizer.found_inf = 1 - taken
             optimizer.step()
             optimizer.zero_grad()
-        self.skipped += bad
-        self.in_row = (self.in_row + 1) * bad
-        self.seen.copy_(self.in_row, non_blocking=True)
+        self.count(taken)
+        if self.log_due():
+            self.log(dict(zip(terms, values, strict=True)) | {"grad_norm": norms[0]}, lr)
+        return taken
+
+    def clip(self, optimizer):
+        """Scale gradients that are longer than --grad_clip; returns their norm before that."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
+
+    def count(self, taken):
         self.done += 1
-        if self.done == 1 or self.done % self.args.log_every == 0 or self.done == self.args.steps:
-            values = torch.cat([values, norms[0][None], self.skipped[None]]).tolist()   # waits for the device
-            if self.rank == 0:
-                self.write({**dict(zip([*terms, "grad_norm", "skipped"], values)), "lr": lr})
-            self.clock = time.time(), self.done
-        return 1 - bad
-    def write(self, terms):
-        """A line on the screen and in log.jsonl."""
-        speed = (self.done - self.clock[1]) * self.args.batch / (time.time() - self.clock[0])
-        left = int((self.args.steps - self.done) * self.args.batch / speed)
-        print(f"step {self.done}/{self.args.steps}", *(f"{name} {term:.4g}" for name, term in terms.items()),
-              f"{speed:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", sep="  ",
-              flush=True)
-        line = {"step": self.done, **terms, "images_per_s": round(speed, 1), "seconds_left": left}
-        try:
-            with open(self.log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr)
-    def due(self):
-        """Whether a checkpoint is: by the number of steps, or because a signal reached any process."""
-        flags = torch.tensor([self.signalled, self.seen >= 20], dtype=torch.int)
+        self.skipped += 1 - taken
+        self.skipped_in_row = (self.skipped_in_row + 1) * (1 - taken)
+        self.skipped_in_row_seen.copy_(self.skipped_in_row, non_blocking=True)
+
+    def log_due(self):
+        return self.done in (1, self.args.steps) or self.done % self.args.log_every == 0
+
+    def log(self, terms, lr):
+        """A line on the screen and in log.jsonl; waits for the device."""
+        names = [*terms, "skipped"]
+        values = torch.stack([*terms.values(), self.skipped]).tolist()
+        if self.rank == 0:
+            terms = dict(zip(names, values, strict=True)) | {"lr": lr}
+            speed = (self.done - self.clock[1]) * self.args.batch / (time.time() - self.clock[0])
+            left = int((self.args.steps - self.done) * self.args.batch / speed)
+            print(
+                f"step {self.done}/{self.args.steps}",
+                *(f"{name} {value:.4g}" for name, value in terms.items()),
+                f"{speed:.0f} images/s",
+                f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+                sep="  ",
+                flush=True,
+            )
+            line = {"step": self.done, **terms}
+            line |= {"images_per_s": round(speed, 1), "seconds_left": left}
+            try:
+                with open(self.log_path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                warn(error)
+        self.start_clock()
+
+    # ---- After the step ----
+
+    def listen(self):
+        """Learn, from all processes, of signals and of too many skipped steps.
+
+        Raises UserError after 20 skipped steps in a row.
+        """
+        flags = torch.tensor([self.signalled, self.skipped_in_row_seen >= 20], dtype=torch.int)
         if self.world > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)   # on the CPU, it does not wait for a GPU
+            dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU: it does not wait for a GPU
         self.ending = bool(flags[0])
         if flags[1]:
-            sys.exit("20 steps in a row had a loss or a gradient that is not finite and were skipped: go on "
-                     "from the last checkpoint with --resume and a smaller --lr or --grad_clip 1")
+            raise UserError(
+                "20 steps in a row had a loss or a gradient that is not finite and were skipped: go "
+                "on from the last checkpoint with --resume and a smaller --lr or --grad_clip 1"
+            )
+
+    def save_due(self):
         return self.ending or self.done % self.args.ckpt_every == 0 or self.done == self.args.steps
-    def save(self, draw, **ckpt):
-        """ckpt and the parts as ckpt.pt, the one before as ckpt.previous.pt; then the picture, by draw()."""
+
+    def save(self, **ckpt):
+        """Write ckpt and the parts as ckpt.pt, and keep the one before as ckpt.previous.pt.
+
+        A disk that is full costs this checkpoint, not the run.
+        """
         if self.rank > 0:
             return
         path = os.path.join(self.args.out, "ckpt.pt")
         ckpt |= {name: part.state_dict() for name, part in self.parts.items()}
         ckpt |= {"step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
         try:
-            with ae.whole_file(path, previous(path) if self.saved else None) as file:
+            with ae.whole_file(path, keep_old_as=previous(path) if self.saved else None) as file:
                 torch.save(ckpt, file)
             self.saved = self.done
-        except OSError as error:
-            print(f"warning: step {self.done} is not saved, {path} stays as it was: {error}", file=sys.stderr)
+        except UserError as error:
+            warn(f"step {self.done} is not saved, {path} stays as it was: {error}")
+        self.start_clock()
+
+    def draw(self, function):
+        """Call function, which draws the run's picture, unless a signal ends the run.
+
+        A disk that is full costs the picture, not the run.
+        """
+        if self.rank > 0 or self.ending:
+            return
         try:
-            if not self.ending:
-                draw()
+            function()
         except OSError as error:
-            print(f"warning: no picture of step {self.done}: {error}", file=sys.stderr)
-        self.clock = time.time(), self.done   # without the time this took
+            warn(f"no picture of step {self.done}: {error}")
+        self.start_clock()
+
     def finish(self, picture):
-        """The last words."""
+        """Close the process group and report where the run ended."""
         if self.world > 1:
-            dist.barrier()   # none leaves while rank 0 is still saving
+            dist.barrier()  # nobody leaves while rank 0 is still saving
             dist.destroy_process_group()
         if self.rank > 0:
             return
         if self.saved < self.done:
-            sys.exit("the end of the run is not saved: make room, then go on with --resume")
+            raise UserError("the end of the run is not saved: make room, then go on with --resume")
         if self.ending:
-            launch = f"torchrun --nproc_per_node={self.world} --" if self.world > 1 else "python"
-            command = shlex.join(sys.argv) + " --resume" * (not self.args.resume)
-            print(f"stopped by a signal after step {self.done}; to go on:\n{launch} {command}", flush=True)
+            launch = "python"
+            if self.world > 1:
+                launch = f"torchrun --nproc_per_node={self.world} --"
+            command = shlex.join(sys.argv if self.args.resume else [*sys.argv, "--resume"])
+            print(f"stopped by a signal after step {self.done}; to go on:\n{launch} {command}")
         else:
             print(f"wrote {self.args.out}/ckpt.pt and {self.args.out}/{picture}")
+        sys.stdout.flush()
 
-# ---- Images, shared with train_dit.py ----
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
+
 class Images:
-    """RGB images by index, with .labels and .classes: the demo's digits, or a folder's files."""
+    """RGB images by index, with .labels and .classes: the demo's digits, or a folder's files.
+
+    Raises UserError for a folder that is missing, empty, or of images beside sub-folders.
+    """
+
     def __init__(self, folder=None, held_out=False):
         self.digits = folder is None
-        if self.digits:   # 50 x 100 tiles, 500 in order for each digit; the last 50 of each are held out
-            sheet = np.asarray(Image.open(os.path.join(os.path.dirname(__file__), "assets", "digits.png")))
-            tiles = sheet.reshape(50, 28, 100, 28).swapaxes(1, 2).reshape(10, 500, 28, 28)
-            tiles = tiles[:, 450:] if held_out else tiles[:, :450]
-            self.files = np.pad(tiles.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
-            self.labels = np.arange(10).repeat(tiles.shape[1])
-            self.classes = list("0123456789")
-            return
+        if self.digits:
+            self.read_digits(held_out)
+        else:
+            self.find_files(folder)
+
+    def read_digits(self, held_out):
+        # 50 x 100 tiles of 28 x 28, 500 in order for each digit; the last 50 of each are held out.
+        sheet = Image.open(os.path.join(os.path.dirname(__file__), "assets", "digits.png"))
+        tiles = np.asarray(sheet).reshape(50, 28, 100, 28).swapaxes(1, 2).reshape(10, 500, 28, 28)
+        tiles = tiles[:, 450:] if held_out else tiles[:, :450]
+        self.files = np.pad(tiles.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+        self.labels = np.arange(10).repeat(tiles.shape[1])
+        self.classes = list("0123456789")
+
+    def find_files(self, folder):
         if not os.path.isdir(folder):
-            sys.exit(f"--data {folder}: there is no such folder")
-        self.files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
-                            for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        # sub-folders are classes, whatever lies deeper in them; a flat folder is one class, ""
-        tops = [os.path.dirname(os.path.relpath(file, folder)).split(os.sep)[0] for file in self.files]
+            raise UserError(f"--data {folder}: there is no such folder")
+        self.files = sorted(
+            os.path.join(root, name)
+            for root, _, names in os.walk(folder, followlinks=True)
+            for name in names
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        )
+        if not self.files:
+            raise UserError(f"--data {folder} holds no images ({' '.join(SUFFIXES)})")
+        # Sub-folders are classes, whatever lies deeper in them; a flat folder is one class, "".
+        folders = [os.path.dirname(os.path.relpath(file, folder)) for file in self.files]
+        tops = [path.split(os.sep)[0] for path in folders]
         self.classes, self.labels = np.unique(tops, return_inverse=True)
         self.classes = self.classes.tolist()
-        if not self.files:
-            sys.exit(f"--data {folder} holds no images ({' '.join(SUFFIXES)})")
         if len(self.classes) > 1 and "" in self.classes:
-            sys.exit(f"--data {folder} holds images both in itself and in sub-folders: move the former")
+            raise UserError(
+                f"--data {folder} holds images both in itself and in sub-folders: move the former"
+            )
+
     def __len__(self):
         return len(self.files)
+
     def __getitem__(self, index):
         if self.digits:
             return Image.fromarray(self.files[index]).convert("RGB")
         with Image.open(self.files[index]) as image:
             image.load()
             if max(image.size) > 50 * min(image.size):
-                raise ValueError("a strip of which a square crop shows nothing")
-            if image.mode.startswith("I"):   # 16-bit grey, which convert would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+                raise ValueError("a strip, of which a square crop shows nothing")
+            if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
+                values = np.asarray(image) >> 8
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")
 
+
 def center_crop(image, size):
-    """ADM's: halve with BOX while that leaves at least `size`, BICUBIC to a shorter side of `size`, crop."""
+    """ADM's crop of a PIL image to size x size: halve with BOX while that leaves at least `size`,
+    resize the shorter side to `size` with BICUBIC, cut out the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    scaled = round(image.width * scale), round(image.height * scale)
+    image = image.resize(scaled, Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-def augment(size, seed, photographs, image, index, epoch, flip):
-    """The transform of Batches: a random-resized crop by (seed, epoch, index), flipped where the key says so."""
-    if not photographs:   # digits, pictures for a look
-        return pil_to_tensor(center_crop(image, size))
-    torch.default_generator.manual_seed(seed_of(seed, epoch, index))   # torchvision draws from it
+
+def crop_and_flip(size, mirror, image, index, epoch, flip):
+    """A transform of Batches: ADM's crop, flipped if the key says so and `mirror` allows it."""
+    pixels = pil_to_tensor(center_crop(image, size))
+    return pixels.flip(-1) if flip and mirror else pixels
+
+
+def augment(size, seed, image, index, epoch, flip):
+    """A transform of Batches: a random crop by (seed, epoch, index), flipped if the key says so.
+
+    torchvision's RandomResizedCrop of 75 to 100% of the area, resized bicubically.
+    """
+    torch.default_generator.manual_seed(seed_of(seed, epoch, index))  # get_params draws from it
     top, left, height, width = RandomResizedCrop.get_params(image, (0.75, 1.0), (3 / 4, 4 / 3))
     pixels = pil_to_tensor(image.crop((left, top, left + width, top + height)))[None]
-    # Pillow's resize, width first, in a third of its time; to 1/255, a value in a million to 2/255
+    # PyTorch's resize takes a third of Pillow's time. It begins with the width and agrees with
+    # Pillow to 1/255; one value in a million is off by 2/255.
     pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
     return pixels.flip(-1) if flip else pixels
 
-class Batches(torch.utils.data.Dataset):
-    """Micro-batches, each made by one worker: [[(index, *key), ...]] -> uint8 (B, 3, S, S), labels (B,), bad.
 
-    transform(image, index, *key) -> uint8 (3, S, S). An unreadable image is replaced by the next, its
-    index put into `bad`; with more than the tolerated share of all in there, the batch is 0.
+def slices_of(share, micro_batch, rank):
+    """This process's share of every global batch, as slices of it, one per micro-batch."""
+    starts = range(rank * share, (rank + 1) * share, micro_batch)
+    return [slice(start, start + micro_batch) for start in starts]
+
+
+def training_order(args, n, slices, first_step):
+    """Yields for each micro-batch of this process the keys (index, epoch, flip) of its images.
+
+    The shuffled epochs, each by (seed, epoch), are concatenated; a step takes the next `batch`
+    images. Flips are by (seed, step).
     """
+
+    @functools.lru_cache(2)
+    def order(epoch):
+        return np.random.default_rng((args.seed, epoch)).permutation(n)
+
+    for step in range(first_step, args.steps):
+        flips = torch.rand(args.batch, generator=generator("cpu", args.seed, step, 1)) < 0.5
+        for rows in slices:
+            keys = []
+            for place in range(args.batch)[rows]:
+                epoch, position = divmod(step * args.batch + place, n)
+                keys.append((int(order(epoch)[position]), epoch, bool(flips[place])))
+            yield keys
+
+
+class Batches(torch.utils.data.Dataset):
+    """Micro-batches, each made by one worker: keys [(index, epoch, flip), ...] -> pixels, labels,
+    unreadable indices.
+
+    transform(image, index, epoch, flip) -> uint8 (3, S, S); pixels (B, 3, S, S), labels (B,). An
+    image that cannot be read is replaced by the next one. If more than the tolerated share of all
+    images are found unreadable within a micro-batch, pixels and labels are 0.
+    """
+
     def __init__(self, images, transform, tolerate=0.01):
-        self.images, self.transform, self.limit = images, transform, tolerate * len(images)
+        self.images, self.transform = images, transform
+        self.limit = tolerate * len(images)  # of unreadable images
+
     def __getitem__(self, keys):
-        pixels, labels, bad = [], [], set()
-        for index, *key in keys:
+        pixels, labels, unreadable = [], [], set()
+        for index, epoch, flip in keys:
             image = None
             while image is None:
                 try:
                     image = self.images[index]
-                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):   # Pillow's
-                    bad.add(index)
-                    if len(bad) > self.limit:
-                        return 0, 0, sorted(bad)
+                # What Pillow raises on files that are damaged or no images.
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                    unreadable.add(index)
+                    if len(unreadable) > self.limit:
+                        return 0, 0, sorted(unreadable)
                     index = (index + 1) % len(self.images)
-            pixels.append(self.transform(image, index, *key))
+            pixels.append(self.transform(image, index, epoch, flip))
             labels.append(self.images.labels[index])
-        return torch.stack(pixels), torch.tensor(labels), sorted(bad)
+        return torch.stack(pixels), torch.tensor(labels), sorted(unreadable)
 
-def ignore_signals(worker):
-    """A signal to the process group is the training loop's, which ends after its step; workers go with it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
-def load_batches(dataset, keys, args):
-    """Yields images (B, 3, S, S) in [-1, 1] and labels (B,) on the device; workers work ahead."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=keys, num_workers=args.workers,
-                                         pin_memory=args.device != "cpu", worker_init_fn=ignore_signals)
-    bad = set()
+def load_batches(dataset, keys, workers, device):
+    """Yields images (B, 3, S, S) in [-1, 1], or what else dataset holds, and labels (B,).
+
+    They are on the device; `workers` processes work ahead. Raises UserError if too many images
+    cannot be read or a worker dies.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        pin_memory=device != "cpu",
+        worker_init_fn=ignore_signals,
+    )
+    unreadable = set()
     try:
-        for x, y, unreadable in loader:
-            for index in set(unreadable) - bad:
-                print(f"warning: {dataset.images.files[index]} cannot be read, skipped", file=sys.stderr)
-            bad.update(unreadable)
-            if len(bad) > dataset.limit:
-                sys.exit(f"{len(bad)} of {len(dataset.images)} images cannot be read, more than "
-                         f"{dataset.limit / len(dataset.images):.0%}: remove them")
-            x, y = (part.to(args.device, non_blocking=True) for part in (x, y))
+        for x, y, newly_unreadable in loader:
+            for index in set(newly_unreadable) - unreadable:
+                warn(f"{dataset.images.files[index]} cannot be read, skipped")
+            unreadable.update(newly_unreadable)
+            if len(unreadable) > dataset.limit:
+                raise UserError(
+                    f"{len(unreadable)} of {len(dataset.images)} images cannot be read, more than "
+                    f"{dataset.limit / len(dataset.images):.0%}: remove them"
+                )
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             yield x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, y
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            sys.exit(f"a process that loads images died, for want of memory? Try fewer --workers. {error}")
+            raise UserError(
+                "a process that loads images died, perhaps for want of memory; try fewer --workers "
+                f"({error})"
+            ) from error
         raise
 
-def micro_batches(args, rank, world):
-    """This process's part of every global batch, as slices of it, a micro-batch each."""
-    part = args.batch // world
-    starts = range(rank * part, (rank + 1) * part, args.micro_batch)
-    return [slice(start, start + args.micro_batch) for start in starts]
 
-def training_keys(args, n, rank, world, start):
-    """(index, epoch, flip) of each image, micro-batch by micro-batch: this rank's part of every global batch.
+def ignore_signals(worker):
+    """In loader processes: a signal ends the training loop after its step, and they go with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-    The epochs' orders, by (seed, epoch), stand one behind the other; a step takes the next `batch` images.
-    """
-    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(n))
-    for step in range(start, args.steps):
-        flips = torch.rand(args.batch, generator=generator("cpu", args.seed, step, 1)) < 0.5
-        for rows in micro_batches(args, rank, world):
-            places = range(step * args.batch, (step + 1) * args.batch)[rows]
-            yield [(int(order(p // n)[p % n]), p // n, bool(flips[p % args.batch])) for p in places]
 
-# ---- Training ----
-def schedule(args, step, warmup):
-    """The learning rate of a step, the first is 0: warm-up from 0, then constant or half a cosine to 0."""
-    if step < warmup:
-        return args.lr * step / warmup
-    if args.schedule == "constant":
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+# =================================================================================================
+# Evaluation of autoencoders: reconstruction, smoothness, compression, cost
+# =================================================================================================
 
-def preview_images(images, args):
-    """Ten images for pictures (10, 3, S, S), spread over all."""
-    dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, False))
-    return next(load_batches(dataset, [[(i * len(images) // 10, 0, False) for i in range(10)]], args))[0]
+EPS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)  # of noise on latents, in units of each channel's std
+
 
 @torch.no_grad()
-def draw_reconstructions(net, x, args):
-    """recon.png: originals, reconstructions; of a ViT also what training shows it, and its prediction."""
-    rows = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
-    if "mask_ratio" in ARGUMENTS[args.model]:
-        draws = net.randomness(len(x), args.image_size, generator(args.device, args.seed))
-        prediction, _, mask = net.masked_pass(x, **draws)
-        mask = F.interpolate(mask.view(-1, 1, net.grid, net.grid), scale_factor=net.patch_size)   # of pixels
-        rows |= {"masked input": x * (1 - mask), "prediction": torch.where(mask > 0, prediction, x)}
-    ae.save_grid(os.path.join(args.out, "recon.png"), [ae.to_uint8(row) for row in rows.values()], list(rows))
+def evaluate(args):
+    """--eval: a Markdown table with a row per checkpoint, eval.json and a picture each in --out.
 
-# ---- Evaluation ----
-EPS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)   # of noise on latents, in units of each channel's std
+    The paper's conventions: posterior mean; PSNR of uint8 images, averaged; SSIM over a range of 2
+    and LPIPS on unclamped decodings; rFID with pytorch-fid's resizing. L1's scale is not stated:
+    the AE's PSNR, 32.18, is a root mean square error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1,
+    0.0218, goes with the first.
+    """
+    if not args.ckpt:
+        raise UserError("--eval needs --ckpt CKPT [CKPT ...]")
+    # All files are read before hours go into the first.
+    nets = [ae.load(path) for path in args.ckpt]
+    images = Images(args.data, held_out=True)
+    masks = find_masks(args.masks) if args.masks else {}
+    names = [] if images.digits else map(image_name, images.files)
+    if args.masks and not any(name in masks for name in names):
+        raise UserError(
+            f"--masks {args.masks} holds no NAME.png or 00012_hair.png for the images of --data"
+        )
+    rank, world, device = join_processes(args)
+    if rank == 0:
+        print(
+            "demo settings (no --data given)" if args.data is None else "paper settings", flush=True
+        )
 
-def ssim(x, y, data_range=2.0):
-    """Wang et al. 2004: images (B, 3, H, W) -> (B,), mean over channels and places; Gaussian, sigma 1.5."""
-    window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5 ** 2))
-    window = torch.outer(window, window)[None, None] / window.sum() ** 2
-    x, y = (image.double().flatten(0, 1)[:, None] for image in (x, y))   # variances are small differences
-    mean_x, mean_y, xx, yy, xy = (F.conv2d(image, window) for image in (x, y, x * x, y * y, x * y))
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x ** 2 + mean_y ** 2 + c1)
-    structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x ** 2 + yy - mean_y ** 2 + c2)
-    return (luminance * structure).view(-1, 3 * luminance[0].numel()).mean(1)
+    skipped = []
+    lpips = load_if_there("LPIPS", ae.lpips_vgg, device, skipped)
+    load_inception = functools.partial(fid.load_inception, args.inception, bool(args.half_pixel))
+    inception = load_if_there("rFID", load_inception, device, skipped)
 
-def image_name(name):
-    """Numbers without leading zeros, which CelebAMask-HQ's images do not have and its masks do."""
+    rows = []
+    for path, net in zip(args.ckpt, nets, strict=True):
+        net.to(device)
+        # A ViT takes images of one size alone.
+        size = net.image_size if net.masked else args.image_size or net.image_size
+        size = size or (32 if images.digits else 256)
+        name = name_of(path, [row["autoencoder"] for row in rows])
+        judge = Judge(net, size, images, args, device)
+        std, segments_found = judge.latents(masks)
+        quality = judge.reconstructions(std, lpips, inception)
+        if masks:
+            quality |= judge.compression(std, segments_found)
+        preview = judge.draw(name, std)
+        rows.append({"autoencoder": name, "pixels": size, **judge.cost(preview), **quality})
+
+    if rank == 0:
+        print_table(rows)
+        print("\n".join(skipped))
+        # JSON has no NaN.
+        rows = json.loads(json.dumps(rows), parse_constant=lambda nan: None)
+        record = {"data": args.data, "ckpt": args.ckpt, "rows": rows, "not computed": skipped}
+        Path(args.out, "eval.json").write_text(json.dumps(record, indent=1))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def load_if_there(measure, load, device, skipped):
+    """The network that a measure needs, or None, with the reason added to `skipped`.
+
+    If it cannot be loaded in one process, all do without.
+    """
+    network, reason = None, None
+    try:
+        network = load().to(device)
+    except (UserError, fid.UserError) as error:
+        reason = str(error)
+    reasons = [reason]
+    if dist.is_initialized():
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+    for reason in reasons:
+        if reason:
+            skipped.append(f"{measure} is not computed: {reason}")
+            return None
+    return network
+
+
+def name_of(path, taken):
+    """What a checkpoint is called in the table: its file's name, or its folder's for ckpt.pt."""
+    path = Path(os.path.abspath(path))
+    name = path.parent.name if path.stem == "ckpt" else path.stem
+    return f"{name}-{len(taken)}" if name in taken else name
+
+
+def print_table(rows):
+    """Rows, dicts of the same keys, as a Markdown table."""
+
+    def show(value):
+        if isinstance(value, list):
+            return ", ".join(map(show, value))
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:.4g}"
+        return str(value)
+
+    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(show, row.values())) + " |")
+
+
+class Judge:
+    """Measures one autoencoder on images of size x size pixels, shared out over the processes."""
+
+    def __init__(self, net, size, images, args, device):
+        self.net, self.size, self.images, self.args, self.device = net, size, images, args, device
+        self.rank, self.world = rank_and_world()
+        # Micro-batches take turns over the processes.
+        indices = torch.arange(len(images)).split(args.micro_batch)[self.rank :: self.world]
+        self.indices = [part.tolist() for part in indices]
+
+    def batches(self):
+        """Yields the indices of a micro-batch and its images (B, 3, S, S)."""
+        crop = functools.partial(crop_and_flip, self.size, False)
+        dataset = Batches(self.images, crop, tolerate=0)
+        keys = [[(index, 0, False) for index in part] for part in self.indices]
+        batches = load_batches(dataset, keys, self.args.workers, self.device)
+        for part, (x, _) in zip(self.indices, batches, strict=True):
+            yield part, x
+
+    def latents(self, masks):
+        """The std (C,) of the latents' channels over all images, and this process's segments.
+
+        A segment is a label in one image: (label, fid.power_sums of its latents).
+        """
+        sums = torch.zeros(3, self.net.latent_dim, dtype=torch.float64, device=self.device)
+        found = []
+        for indices, x in self.batches():
+            for index, z in zip(indices, self.net.encode(x).mode(), strict=True):
+                sums += fid.power_sums(z.flatten(1))
+                files = masks.get(image_name(self.images.files[index]), []) if masks else []
+                for label, mask in segments(files, z.shape[-1]):
+                    inside = z[:, torch.from_numpy(mask).to(z.device)]
+                    found.append((label, fid.power_sums(inside).cpu()))
+        n, total, squares = fid.all_reduce(sums)
+        return ((squares - total**2 / n) / (n - 1)).sqrt(), found
+
+    def perturbed(self, x, std, indices):
+        """Decodings of posterior mean + eps * std * N(0, 1), for each of EPS.
+
+        The noise of an image is by (seed, index), the same for each eps.
+        """
+        z = self.net.encode(x).mode()
+        noise = [
+            torch.randn(z.shape[1:], generator=generator("cpu", self.args.seed, index))
+            for index in indices
+        ]
+        noise = torch.stack(noise).to(z.device) * std.float().view(-1, 1, 1)
+        return [self.net.decode(z + eps * noise).float() for eps in EPS]
+
+    def reconstructions(self, std, lpips, inception):
+        """L1, PSNR, SSIM, LPIPS and rFID, without noise on the latents and with it."""
+        sums = {
+            name: torch.zeros(len(EPS), dtype=torch.float64, device=self.device)
+            for name in ("L1", "PSNR", "SSIM", "LPIPS")
+        }
+        real = fid.Statistics(2048, self.device)
+        decoded = [fid.Statistics(2048, self.device) for _ in EPS]
+        for indices, x in self.batches():
+            original = self.to_bytes(x)
+            if inception:
+                real.update(inception(original)[0])
+            for k, x_hat in enumerate(self.perturbed(x, std, indices)):
+                result = self.to_bytes(x_hat)
+                mse = (result.double() - original.double()).square().mean((1, 2, 3))
+                psnr = 10 * torch.log10(255**2 / mse.clamp(min=1e-10))
+                sums["L1"][k] += ((x_hat - x).abs().mean((1, 2, 3)) / 2).double().sum()
+                sums["PSNR"][k] += psnr.sum()
+                sums["SSIM"][k] += fid.ssim(x_hat, x).sum()
+                sums["LPIPS"][k] += lpips(x_hat, x).double().sum() if lpips else math.nan
+                if inception:
+                    decoded[k].update(inception(result)[0])
+
+        means = {name: (fid.all_reduce(s) / len(self.images)).tolist() for name, s in sums.items()}
+        means["rFID"] = [math.nan] * len(EPS)
+        if inception:
+            real = real.finish()
+            means["rFID"] = [fid.frechet_distance(*real, *fake.finish()) for fake in decoded]
+        quality = {name: values[0] for name, values in means.items()}
+        quality[f"PSNR at eps {EPS[1:]}"] = means["PSNR"][1:]
+        quality["LPIPS at them"] = means["LPIPS"][1:]
+        quality["rFID at them"] = means["rFID"][1:]
+        return quality
+
+    def to_bytes(self, x):
+        """Images as they would be saved: uint8 (B, 3, H, W), on the device."""
+        return torch.from_numpy(ae.to_uint8(x)).permute(0, 3, 1, 2).to(self.device)
+
+    def compression(self, std, found):
+        """sigma2 and rho of the segments that all processes found."""
+        gathered = [found]
+        if self.world > 1:
+            gathered = [None] * self.world
+            dist.all_gather_object(gathered, found)
+        found = [segment for part in gathered for segment in part]
+        if not found:
+            raise UserError(f"--masks {self.args.masks}: no label image of these has a label in it")
+        labels, sums = zip(*found, strict=True)
+        return fid.compression(labels, torch.stack(sums), std.cpu())
+
+    def draw(self, name, std):
+        """Save a picture of ten images with noise on their latents; returns the images."""
+        args = argparse.Namespace(image_size=self.size, workers=self.args.workers)
+        x = preview_images(self.images, args, self.device)
+        columns = [ae.to_uint8(image) for image in [x, *self.perturbed(x, std, range(len(x)))]]
+        if self.rank == 0:
+            titles = ["original", *(f"eps {eps:g}" for eps in EPS)]
+            path = os.path.join(self.args.out, f"{name}.png")
+            ae.save_grid(path, np.stack(columns, 1), [""] * len(x), titles)
+        return x
+
+    def cost(self, x):
+        """Parameters, their size, FLOPs and speed of encoding and decoding x (B, 3, S, S)."""
+        start = time.time()  # the pictures have warmed up
+        for _ in range(3):
+            z = self.net.encode(x).mode()
+            self.net.decode(z).sum().item()  # waits for the device
+        speed = 3 * len(x) / (time.time() - start)
+        parameters = sum(p.numel() for p in self.net.parameters())
+        return {
+            "parameters": parameters,
+            "MiB": parameters * 4 / 2**20,
+            "GFLOPs encode": gflops(self.net, x[:1], method="encode"),
+            "decode": gflops(self.net, z[:1], method="decode"),
+            "images/s": speed,
+        }
+
+
+def image_name(path):
+    """A file's name, without leading zeros if it is a number.
+
+    CelebAMask-HQ's images do not have them, its masks do.
+    """
+    name = Path(path).stem
     return str(int(name)) if name.isdecimal() else name
 
+
 def find_masks(folder):
-    """Label images by their image's name: ADE20K's NAME.png, CelebAMask-HQ's 00012_hair.png for image 12."""
+    """Label images, by the name of the image they belong to: lists of (file, part).
+
+    ADE20K's NAME.png, whose values are labels (part ""), and CelebAMask-HQ's 00012_hair.png, the
+    part "hair" of image 12.
+    """
     masks = {}
-    for file in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.png"), recursive=True)):
+    pattern = os.path.join(glob.escape(folder), "**", "*.png")
+    for file in sorted(glob.glob(pattern, recursive=True)):
         name = Path(file).stem
         number, _, part = name.partition("_")
-        owner, part = (number, part) if part and number.isdecimal() else (name, "")
-        masks.setdefault(image_name(owner), []).append((file, part))
+        if part and number.isdecimal():
+            name = number
+        else:
+            part = ""
+        masks.setdefault(image_name(name), []).append((file, part))
     return masks
 
+
 def segments(files, grid):
-    """(label, boolean mask (grid, grid)) of an image's label images, cropped as it is; 0 is no label."""
+    """Yields (label, mask) for each label of an image's label images, cropped as the image is.
+
+    files: (file, part) of find_masks; mask: boolean (grid, grid). Value 0 is no label. Raises
+    UserError for label images in colour.
+    """
     for file, part in files:
         with Image.open(file) as image:
             image = image.convert("L") if part else image
             values = np.asarray(ImageOps.fit(image, (grid, grid), Image.NEAREST))
         if values.ndim > 2:
-            sys.exit(f"--masks: {file} is in colour; a label image has one value a pixel, the label")
+            raise UserError(
+                f"--masks: {file} is in colour; a label image has one value per pixel, the label"
+            )
         for value in np.unique(values[values > 0]):
-            yield part or int(value), values == value   # CelebAMask-HQ's name, ADE20K's value
+            yield part or int(value), values == value
 
-def power_sums(z):
-    """z (C, n) -> (3, C): n, sum and sum of squares of each channel, float64."""
-    return torch.stack([z.double() ** power for power in range(3)]).sum(2)
-
-def compression(labels, sums, std):
-    """sigma2 and rho of segments, a label in one image each: our reading, the supplement gives no formulas.
-
-    labels, sums (S, 3, C): of each segment, power_sums; std (C,): of all latents, by which they are divided.
-    sigma2: the variance within a segment, mean over channels and, weighted by size, over segments. rho: the
-    mean distance between the centroids of two labels over the root of the variance within a label, or NaN.
-    """
-    n, total, squares = (sums / torch.stack([std ** 0, std, std ** 2])).unbind(1)   # (S, C) each
-    sigma2 = ((squares - total ** 2 / n).sum(0) / n.sum(0)).mean()
-    _, index = np.unique([str(label) for label in labels], return_inverse=True)
-    member = F.one_hot(torch.from_numpy(index)).T.double()   # (labels, S)
-    n, total, squares = member @ n, member @ total, member @ squares
-    variance = (squares - total ** 2 / n).sum() / n[:, 0].sum()
-    return {"sigma2": sigma2.item(), "rho": (torch.pdist(total / n).mean() / variance.sqrt()).item()}
-
-def perturbed(net, x, std, args, indices):
-    """Decodings of posterior mean + eps * std * N(0, 1) for each of EPS; the noise is by (seed, index)."""
-    z = net.encode(x).mode()
-    noise = torch.stack([torch.randn(z.shape[1:], generator=generator("cpu", args.seed, i)) for i in indices])
-    noise = noise.to(z.device) * std.float().view(-1, 1, 1)
-    return [net.decode(z + eps * noise).float() for eps in EPS]
-
-def judge(net, args, images, masks, lpips, inception, rank, world):
-    """What the table says of one autoencoder, as a dict, and the std of its latents' channels (C,)."""
-    dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, False), tolerate=0)
-    parts = [part.tolist() for part in torch.arange(len(images)).split(args.micro_batch)[rank::world]]
-    keys = [[(index, 0, False) for index in part] for part in parts]
-
-    moments, found = torch.zeros(3, net.latent_dim, dtype=torch.float64, device=args.device), []
-    for part, (x, _) in zip(parts, load_batches(dataset, keys, args)):
-        for index, z in zip(part, or_exit(net.encode, x).mode()):
-            moments += power_sums(z.flatten(1))
-            files = masks.get(image_name(Path(images.files[index]).stem), []) if masks else []
-            for label, mask in segments(files, z.shape[-1]):
-                found.append((label, power_sums(z[:, torch.from_numpy(mask).to(z.device)]).cpu()))
-    n, total, squares = fid.all_reduce(moments)
-    std = ((squares - total ** 2 / n) / (n - 1)).sqrt()
-
-    to_bytes = lambda images: torch.from_numpy(ae.to_uint8(images)).permute(0, 3, 1, 2).to(args.device)
-    tally = torch.zeros(len(EPS), 4, dtype=torch.float64, device=args.device)
-    # of the originals, then of the decodings for each of EPS
-    features = [fid.Statistics(2048, args.device) for _ in range(1 + len(EPS))] if inception else []
-    for part, (x, _) in zip(parts, load_batches(dataset, keys, args)):
-        original, decodings = to_bytes(x), perturbed(net, x, std, args, part)
-        for tally_eps, x_hat in zip(tally, decodings):
-            l1 = (x_hat - x).abs().mean((1, 2, 3)) / 2
-            mse = (to_bytes(x_hat).double() - original.double()).square().mean((1, 2, 3))
-            psnr = 10 * torch.log10(255 ** 2 / mse.clamp(min=1e-10))
-            distance = lpips(x_hat, x).flatten() if lpips else torch.full_like(l1, math.nan)
-            tally_eps += torch.stack([l1, psnr, ssim(x_hat, x), distance]).sum(1)
-        for statistics, image in zip(features, [x, *decodings]):
-            statistics.update(inception(to_bytes(image))[0])
-    l1, psnr, similarity, distance = (fid.all_reduce(tally) / len(images)).T.tolist()
-    features = [statistics.finish() for statistics in features]
-    rfid = [fid.frechet_distance(*features[0], *fake) for fake in features[1:]] or [math.nan] * len(EPS)
-    row = {"L1": l1[0], "PSNR": psnr[0], "SSIM": similarity[0], "LPIPS": distance[0], "rFID": rfid[0],
-           f"PSNR at eps {EPS[1:]}": psnr[1:], "LPIPS at them": distance[1:], "rFID at them": rfid[1:]}
-    if masks:
-        gathered = [found] * world
-        if world > 1:
-            dist.all_gather_object(gathered, found)
-        if not any(gathered):
-            sys.exit(f"--masks {args.masks}: no label image of these has a label in it")
-        labels, sums = zip(*sum(gathered, []))
-        row |= compression(labels, torch.stack(sums), std.cpu())
-    return row, std
-
-@torch.no_grad()
-def evaluate(args):
-    """--eval: a Markdown table with a row a checkpoint on the screen, eval.json and a picture each in --out.
-
-    The paper's conventions: posterior mean; PSNR of uint8 images, averaged; SSIM over a range of 2 and LPIPS
-    on unclamped decodings; rFID with pytorch-fid's resizing. L1's scale is not stated: the AE's PSNR, 32.18,
-    is a root mean square error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1, 0.0218, goes with the first.
-    """
-    if not args.ckpt:
-        sys.exit("--eval needs --ckpt CKPT [CKPT ...]")
-    if "micro_batch" not in args.given:
-        args.micro_batch = 16   # in float32, of any autoencoder
-    args.batch = args.micro_batch * int(os.environ.get("WORLD_SIZE", 1))
-    rank, world = setup(args)
-    nets = [or_exit(ae.load, path) for path in args.ckpt]   # all, before hours go into the first
-    images, masks = Images(args.data, held_out=True), find_masks(args.masks) if args.masks else {}
-    if args.masks and (images.digits or not any(image_name(Path(file).stem) in masks
-                                            for file in images.files)):
-        sys.exit(f"--masks {args.masks} holds no NAME.png or 00012_hair.png for the images of --data")
-    absent = []
-    def if_there(measure, load, *flags):
-        try:
-            return load(*flags).to(args.device)
-        except (FileNotFoundError, ValueError) as error:
-            absent.append(f"{measure} is not computed: {error}")
-    lpips = if_there("LPIPS", ae.lpips_vgg)
-    inception = if_there("rFID", fid.load_inception, args.inception, bool(args.half_pixel))
-
-    rows, given = [], args.image_size if "image_size" in args.given else None
-    for path, net in zip(map(Path, map(os.path.abspath, args.ckpt)), nets):
-        net.to(args.device)
-        size = given if given and not hasattr(net, "grid") else net.image_size   # a ViT takes its own alone
-        args.image_size = size or (32 if images.digits else 256)
-        quality, std = judge(net, args, images, masks, lpips, inception, rank, world)
-        x, name = preview_images(images, args), path.parent.name if path.stem == "ckpt" else path.stem
-        name += f"-{len(rows)}" * any(name == row["autoencoder"] for row in rows)
-        columns = [ae.to_uint8(image) for image in [x, *perturbed(net, x, std, args, range(len(x)))]]
-        if rank == 0:
-            ae.save_grid(os.path.join(args.out, f"{name}.png"), np.stack(columns, 1), [""] * len(x),
-                         ["original", *(f"eps {eps:g}" for eps in EPS)])
-        start = time.time()   # the pictures have warmed up
-        for _ in range(3):
-            z = net.encode(x).mode()
-            net.decode(z).sum().item()   # waits for the device
-        speed = 3 * len(x) / (time.time() - start)
-        parameters = sum(p.numel() for p in net.parameters())
-        rows.append({"autoencoder": name, "pixels": args.image_size, "parameters": parameters,
-                     "MiB": parameters * 4 / 2 ** 20, "GFLOPs encode": gflops(net, x[:1], method="encode"),
-                     "decode": gflops(net, z[:1], method="decode"), "images/s": speed, **quality})
-    if rank == 0:
-        print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        show = lambda v: "-" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v)
-        for row in rows:
-            cells = [", ".join(map(show, v)) if isinstance(v, list) else show(v) for v in row.values()]
-            print("| " + " | ".join(cells) + " |")
-        print("\n".join(absent))
-        rows = json.loads(json.dumps(rows), parse_constant=lambda nan: None)   # which JSON does not have
-        record = {"data": args.data, "ckpt": args.ckpt, "rows": rows, "not computed": absent}
-        Path(args.out, "eval.json").write_text(json.dumps(record, indent=1))
-    if world > 1:
-        dist.destroy_process_group()
-
-def main():
-    args, ckpt = parse_args(__doc__, FLAGS, "autoencoder")
-    if args.eval:
-        return evaluate(args)
-    rank, world = setup(args)
-    images = Images(args.data)
-    n = len(images)
-    args.steps = args.steps or max(1, round(args.epochs * n / args.batch))
-    if ckpt and finished(args, ckpt, images):
-        return
-    if args.lr is None:
-        args.lr = args.base_lr * args.batch / 256
-
-    torch.manual_seed(args.seed)   # weights start the same on every rank
-    allowed = flags_of(args.model)
-    if args.tune_decoder:
-        allowed -= {"mask_ratio", "visible", "masked", "kl", "prior_std"}
-    for name in args.given & set().union(*map(flags_of, ae.MODELS)) - allowed:
-        sys.exit(f"--{name} is not a flag of --model {args.model}{' --tune_decoder' * args.tune_decoder}")
-    for name in args.given & {"ckpt", "masks", "inception", "half_pixel"}:
-        sys.exit(f"--{name} is a flag of --eval: to start from a checkpoint, name it with --init")
-    if args.tune_decoder and not (args.init or ckpt):
-        sys.exit("--tune_decoder is VMAE's last stage: it needs --init CKPT")
-    config = {name: getattr(args, name) for name in ARGUMENTS[args.model]}
-    config["weights"] = {name: getattr(args, name) for name in ae.MODELS[args.model].weights}
-    net = or_exit(ae.MODELS[args.model], **config).to(args.device)
-    if args.init and not ckpt:
-        start = or_exit(ae.load, args.init)
-        state = start.state_dict()
-        if "pos_embed" in state and hasattr(net, "grid"):
-            state = ae.resize_positions(state, net.grid)
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in net.state_dict().items()}:
-            sys.exit(f"--init {args.init} is of another model or of other sizes than the flags say: "
-                     f"it holds a {start.recipe['name']} of {start.recipe['config']}")
-        net.load_state_dict(state)
-    if args.tune_decoder:   # what comes after the latent; not mask_token, nothing is masked
-        net.requires_grad_(False)
-        for name, module in net.named_children():
-            module.requires_grad_(name == "from_latent" or name.startswith("decoder"))
-    if args.image_size % net.patch_size:
-        sys.exit(f"--image_size {args.image_size} is not a multiple of {net.patch_size}")
-    if args.model == "sdvae" and args.image_size < 24:
-        sys.exit(f"--image_size {args.image_size} is too small for sdvae's discriminator: 24 at least")
-    perceptual = None
-    if args.lpips > 0:
-        lpips = or_exit(ae.lpips_vgg).to(args.device, memory_format=torch.channels_last)
-        perceptual = lambda x_hat, x: lpips(x_hat, x).mean()
-
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]   # biases and norms
-    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=True)
-    parts, compiled = {"model": net, "optimizer": optimizer}, [net]
-    if args.model == "sdvae":
-        disc = ae.Discriminator().to(args.device)
-        if world > 1 and args.device.startswith("cuda"):
-            disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-        disc_optimizer = torch.optim.AdamW(disc.parameters(), args.lr, args.betas, weight_decay=0, fused=True)
-        parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
-        # adaptive_weight takes gradients at the last layer, which is not compiled
-        compiled = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
-    for module in compiled if args.compiled else ():
-        module.compile()
-    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
-    if rank == 0:
-        introduce(args, images, world, net, torch.zeros(1, 3, args.image_size, args.image_size))
-        preview = preview_images(Images(held_out=True) if images.digits else images, args)
-
-    run = Run(args, rank, world, ckpt, **parts)
-    dataset = Batches(images, functools.partial(augment, args.image_size, args.seed, not images.digits))
-    batches = load_batches(dataset, training_keys(args, n, rank, world, run.done), args)
-    slices = micro_batches(args, rank, world)
-    for step in range(run.done, args.steps):
-        adversarial = args.model == "sdvae" and step + 1 >= args.disc_start
-        draws = net.randomness(args.batch, args.image_size, generator(args.device, args.seed, step))
-        totals = {}
-        for rows in slices:
-            x, _ = next(batches)
-            draw = {name: value[rows] for name, value in draws.items()}
-            model.require_backward_grad_sync = rows == slices[-1]   # gradients travel once a step
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.autocast):
-                loss, terms, x_hat = model(x, perceptual=perceptual, **draw)
-                if adversarial:   # the third term of eq. 6
-                    disc.requires_grad_(False)   # its gradients are to come from its own loss alone
-                    adv = ae.generator_loss(disc(x_hat).float())
-                    adaptive = ae.adaptive_weight(loss, adv, net.decoder.conv_out.weight)
-                    loss = loss + args.disc_weight * adaptive * adv
-                    disc.requires_grad_(True)
-                    real, fake = disc(x).float(), disc(x_hat.detach()).float()
-                    loss_d = ae.disc_loss(real, fake, args.disc_loss)
-                    terms |= {"adv": adv, "adaptive": adaptive, "disc": loss_d, "real": real.mean(),
-                              "fake": fake.mean()}
-            (loss / len(slices)).backward()
-            if adversarial:
-                (loss_d / len(slices)).backward()
-            for name, term in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, 0) + term.detach() / len(slices)
-        for p in disc.parameters() if adversarial and world > 1 else ():
-            dist.all_reduce(p.grad)
-            p.grad /= world
-        optimizers = [optimizer, disc_optimizer] if adversarial else [optimizer]
-        run.step(totals, optimizers, schedule(args, step, args.warmup * n / args.batch))
-        if run.due():
-            run.save(lambda: draw_reconstructions(net, preview, args), kind="autoencoder", name=args.model,
-                     config=config, images=n)
-        if run.ending:
-            break
-    run.finish("recon.png")
 
 if __name__ == "__main__":
     main()

@@ -13,123 +13,397 @@ import functools
 import hashlib
 import json
 import os
-import sys
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import dit
-from ae import or_exit
-from train_ae import (BATCH, CLIP, MICRO_BATCH, RUN, Batches, Images, Run, betas, center_crop, count,
-                      finished, generator, introduce, load_batches, micro_batches, natural, on, one_of,
-                      parse_args, place, positive, power_sums, schedule, setup, share, switch, training_keys,
-                      weight)
+import fid
+from ae import UserError, at_least, fraction
+from train_ae import (
+    COMMON,
+    SWITCH,
+    Batches,
+    Images,
+    Run,
+    add_common_flags,
+    count_flops,
+    crop_and_flip,
+    finished,
+    generator,
+    load_batches,
+    new_parser,
+    settle,
+    training_order,
+)
 
-# As in train_ae.py. Sources: S supplement, R the authors' release and LightningDiT, O our choice.
-FLAGS = {
-    "run": [
-        *RUN,
-        ("ae", place, "out/demo/vmae/ckpt.pt", "out/vmae/ckpt.pt", "checkpoint of the autoencoder"),
-        ("cache", place, "{out}/latents", None, "folder for all images' moments; none: encode on the fly"),
-        ("out", place, "out/demo/dit", "out/dit", "folder for checkpoint, log and pictures"),
-        ("ckpt_every", count, 2000, 5000, "steps between checkpoints and pictures"),
-    ],
-    "model": [
-        ("model", one_of(*dit.DiT_models), "DiT-demo/1", "DiT-B/1", "size of the network, S"),
-        ("image_size", count, 32, 256, "pixels a side, S; default: those the autoencoder was trained at"),
-        ("qk_norm", switch, 1, "1 or 0, RMSNorm of queries and keys, S"),
-        ("class_dropout", share, 0.1, "share of labels dropped, of a single class none, R"),
-        ("cosine_loss", on, False, "add LightningDiT's 1 - cos(velocity, target) over channels"),
-    ],
-    "optimisation": [
-        ("steps", count, 3300, 100000, "optimiser steps, of a single class 60000 by default, S"),
-        ("batch", count, 32, 1024, BATCH),
-        ("micro_batch", count, 32, MICRO_BATCH),
-        ("lr", weight, 3e-3, 2e-4, "learning rate, S"),
-        ("schedule", one_of("cosine", "constant"), "cosine", "constant", "of the learning rate, S"),
-        ("betas", betas, [0.9, 0.95], "AdamW, R"),
-        CLIP,
-        ("ema", share, 0.9999, "decay of the average of weights at the end of its warm-up, R"),
-    ],
-    "sampling, for samples.png and as defaults of sample.py": [
-        ("sample_steps", count, 100, 250, "Euler steps, S"),
-        ("cfg_scale", weight, 1.3, 10.0, "guidance; 1, none, with a single class, R"),
-        ("cfg_channels", natural, 16, 3, "latent channels that are guided, the first ones, R"),
-        ("cfg_start", share, 0.1, "time from which on they are, R"),
-        ("shift", positive, 0.3, "of the time grid, below 1 towards the noise, R"),
-    ],
-}
+# ---- Recipes ----
+#
+# [S] supplement  [R] the authors' release and LightningDiT  [O] our choice
+
+PAPER = COMMON | dict(
+    ae="out/vmae/ckpt.pt",
+    cache=None,
+    out="out/dit",
+    ckpt_every=5000,  # [O]
+    model="DiT-B/1",  # [S]
+    image_size=256,  # [S] pixels on a side, if the autoencoder's file does not say
+    qk_norm=1,  # [S] RMSNorm of queries and keys
+    class_dropout=0.1,  # [R] share of the labels replaced by the null class
+    cosine_loss=False,  # [R] LightningDiT's default is True, the release's logs have it off
+    steps=100_000,  # [S] 60,000 for a single class
+    batch=1024,  # [S] images per optimiser step, over all processes
+    micro_batch=32,  # [O] images per process at once, the rest is gradient accumulation
+    lr=2e-4,  # [S]
+    schedule="constant",  # [S]
+    betas=[0.9, 0.95],  # [R] AdamW
+    ema=0.9999,  # [R] decay of the average of the weights
+    sample_steps=dit.SAMPLING["steps"],
+    cfg_scale=dit.SAMPLING["cfg_scale"],
+    cfg_channels=dit.SAMPLING["cfg_channels"],
+    cfg_start=dit.SAMPLING["cfg_start"],
+    shift=dit.SAMPLING["shift"],
+)
+STEPS_OF_A_SINGLE_CLASS = 60_000  # [S] CelebA-HQ
+
+# What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
+DEMO = PAPER | dict(
+    ae="out/demo/vmae/ckpt.pt",
+    cache="latents in --out",
+    out="out/demo/dit",
+    workers=0,
+    ckpt_every=2000,
+    model="DiT-demo/1",
+    image_size=32,
+    steps=3300,
+    batch=32,
+    lr=3e-3,
+    schedule="cosine",
+    sample_steps=100,
+    cfg_scale=1.3,
+    cfg_channels=16,
+)
+
+
+def recipe_of(flags):
+    """The settings in force with these flags, and whose they are, in words."""
+    if "data" in flags:
+        return PAPER, "train_dit.py"
+    out = flags.get("out", DEMO["out"])
+    return DEMO | dict(cache=os.path.join(out, "latents")), "train_dit.py"
+
+
+# ---- Flags ----
+
+
+def parse_args():
+    """(args, checkpoint to resume or None)."""
+    parser = new_parser(__doc__, {"": DEMO}, {"": PAPER})
+    add = add_common_flags(parser)
+    add("--ae", help="checkpoint of the autoencoder")
+    add("--cache", help="folder for the moments of all images")
+    add("--out", help="folder for checkpoint, log and pictures")
+    add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=list(dit.DiT_models), help="size of the network")
+    add("--image_size", type=at_least(1), help="pixels on a side; if not given: the autoencoder's")
+    add("--qk_norm", **SWITCH, help="RMSNorm of queries and keys")
+    add("--class_dropout", type=fraction, help="share of the labels that are dropped")
+    add("--cosine_loss", action="store_true", help="add LightningDiT's 1 - cos(velocity, target)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=at_least(1), help="optimiser steps; 60000 for a single class")
+    add("--batch", type=at_least(1), help="images per optimiser step, over all processes")
+    add("--micro_batch", type=at_least(1), help="images per process at once, at most")
+    add("--lr", type=at_least(0.0), help="learning rate")
+    add("--schedule", choices=("cosine", "constant"), help="of the learning rate")
+    add("--betas", type=fraction, nargs=2, help="AdamW")
+    add("--grad_clip", type=at_least(1e-9), help="largest norm of the gradients")
+    add("--ema", type=fraction, help="decay of the average of the weights")
+
+    add = parser.add_argument_group("sampling: samples.png and sample.py's defaults").add_argument
+    add("--sample_steps", type=at_least(1), help="Euler steps")
+    add("--cfg_scale", type=at_least(0.0), help="guidance scale, 1 is none")
+    add("--cfg_channels", type=at_least(0), help="latent channels that are guided")
+    add("--cfg_start", type=fraction, help="t from which guidance applies")
+    add("--shift", type=at_least(1e-9), help="of the time grid, below 1 towards the noise")
+    return settle(parser, recipe_of, "dit")
+
+
+def main():
+    try:
+        train(*parse_args())
+    except UserError as error:
+        ae.exit_with(error)
+
+
+# ---- Training ----
+
+
+def train(args, ckpt):
+    """Train a DiT, from the start or from the checkpoint ckpt."""
+    # The images; a single class has no null class and no guidance.
+    images = Images(args.data)
+    num_classes = len(images.classes)
+    if num_classes == 1 and not ckpt and "steps" not in args.given:
+        args.steps = STEPS_OF_A_SINGLE_CLASS
+    if num_classes == 1 or args.class_dropout == 0:
+        if "cfg_scale" in args.given and args.cfg_scale > 1:
+            raise UserError("--cfg_scale above 1 needs several classes and --class_dropout above 0")
+        args.cfg_scale = 1.0
+    if ckpt and finished(args, ckpt, images):
+        return
+
+    # The frozen autoencoder, and the shape of its latents.
+    autoencoder = ae.from_checkpoint(ckpt["ae"]) if ckpt else ae.load(args.ae)
+    if not ckpt and "image_size" not in args.given:
+        args.image_size = autoencoder.image_size or args.image_size
+    args.latent_shape = list(autoencoder.latent_shape(args.image_size, args.image_size))
+    run = Run(args)
+    autoencoder.to(run.device).requires_grad_(False)
+
+    # Where posteriors come from: moments that a cache holds, or images that are encoded on the fly.
+    dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
+    posterior_of = functools.partial(encode, autoencoder, run)
+    if args.cache:
+        cache = Cache(args.cache, images)
+        cache.fill(cache_source(args, images, autoencoder), posterior_of, dataset, run)
+        dataset = cache
+        posterior_of = functools.partial(ae.Posterior, deterministic=autoencoder.deterministic)
+    if ckpt:
+        latent_mean, latent_std = (
+            ckpt["latent_mean"].to(run.device),
+            ckpt["latent_std"].to(run.device),
+        )
+    else:
+        latent_mean, latent_std = latent_statistics(dataset, posterior_of, len(images), run)
+    latent_mean, latent_std = latent_mean.view(-1, 1, 1), latent_std.view(-1, 1, 1)
+
+    # The network, the average of its weights, the optimiser.
+    torch.manual_seed(args.seed)  # weights start the same in every process
+    config = {
+        "input_size": args.latent_shape[1],
+        "in_channels": args.latent_shape[0],
+        "num_classes": num_classes,
+        "qk_norm": bool(args.qk_norm),
+        "class_dropout_prob": args.class_dropout,
+    }
+    net = dit.DiT_models[args.model](**config).to(run.device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=0, fused=True)
+    if run.rank == 0:
+        run.introduce(images, net, training_flops(net, args.latent_shape))
+    run.begin(ckpt, model=net, ema=ema, optimizer=optimizer)
+    del ckpt
+    if run.compiled:
+        net.compile()
+    model = net
+    if run.world > 1:
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    order = training_order(args, len(images), run.slices, run.done)
+    batches = load_batches(dataset, order, args.workers, run.device)
+    first_step = run.done
+
+    for step in range(first_step, args.steps):
+        # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
+        # processes or smaller micro-batches change the speed, not the run.
+        on_device = {"generator": run.generator(step), "device": run.device}
+        posterior_noise = torch.randn(args.batch, *args.latent_shape, **on_device)
+        noise = torch.randn(args.batch, *args.latent_shape, **on_device)
+        t = torch.randn(args.batch, **on_device).sigmoid()
+        dropped = torch.rand(args.batch, **on_device) < net.class_dropout_prob
+        total = 0
+
+        for rows in run.slices:
+            x, y = next(batches)
+            x1 = (posterior_of(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
+            y = torch.where(dropped[rows], num_classes, y)  # the null class
+            if run.rank == 0 and step == first_step and rows == run.slices[0]:
+                print(
+                    f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}"
+                )
+            # DDP averages gradients over the processes, once per step.
+            model.require_backward_grad_sync = rows == run.slices[-1]
+
+            with run.autocast():
+                loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
+            (loss / len(run.slices)).backward()
+            total = total + loss.detach() / len(run.slices)
+
+        taken = run.update([optimizer], run.learning_rate(step), {"loss": total})
+        decay = min(args.ema, (1 + step) / (10 + step))
+        update_ema(ema, net, taken * (1 - decay))
+
+        run.listen()
+        if run.save_due():
+            run.save(
+                kind="dit",
+                dit_config={"name": args.model, **config},
+                images=len(images),
+                class_names=images.classes,
+                latent_mean=latent_mean.flatten(),
+                latent_std=latent_std.flatten(),
+                ae={**autoencoder.recipe, "model": autoencoder.state_dict()},
+            )
+            run.draw(
+                lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, images.classes, run)
+            )
+        if run.ending:
+            break
+    run.finish("samples.png")
+
+
+@torch.no_grad()
+def update_ema(ema, net, rate):
+    """ema += rate * (net - ema); the rate of a skipped step is 0."""
+    for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
+        average.lerp_(weight, rate)
+
+
+@torch.no_grad()
+def encode(autoencoder, run, x):
+    """Images (B, 3, S, S) -> the posterior of their latents."""
+    with run.autocast():
+        return autoencoder.encode(x)
+
+
+def training_flops(net, latent_shape):
+    """FLOPs of forward and backward pass for one image."""
+    net = copy.deepcopy(net).to("meta")  # where nothing is computed
+
+    def forward_and_backward():
+        x1, noise = (torch.zeros(1, *latent_shape, device="meta") for _ in range(2))
+        y, t = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, device="meta")
+        dit.flow_loss(net, x1, y, noise, t).backward()
+
+    return count_flops(forward_and_backward)
+
+
+@torch.no_grad()
+def draw_samples(ema, autoencoder, latent_mean, latent_std, class_names, run):
+    """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
+    args, columns = run.args, 8
+    num_rows = min(10, ema.num_classes)
+    classes = np.arange(num_rows) * ema.num_classes // num_rows
+    y = torch.tensor(classes, device=run.device).repeat_interleave(columns)
+    noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed))
+    z = dit.sample(
+        ema,
+        noise.to(run.device),
+        y,
+        steps=args.sample_steps,
+        cfg_scale=args.cfg_scale,
+        cfg_channels=args.cfg_channels,
+        cfg_start=args.cfg_start,
+        shift=args.shift,
+    )
+    parts = (z * latent_std + latent_mean).split(columns)
+    images = np.concatenate([ae.to_uint8(autoencoder.decode(part)) for part in parts])
+    rows = images.reshape(num_rows, columns, *images.shape[1:])
+    ae.save_grid(os.path.join(args.out, "samples.png"), rows, [class_names[c] for c in classes])
+
+
+# ---- Latents ----
+
 
 class Cache:
     """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
 
-    Shards of 4,096 images: moments-00000.npy (n, 2, 2C, h, w), [:, 1] the flips', and labels-00000.npy (n,).
+    Shards of 4,096 images: moments-00000.npy (n, 2, 2C, h, w), where [:, 1] are the flips', and
+    labels-00000.npy (n,). It takes the place of Batches.
     """
+
     shard = 4096
-    limit = 0   # of images that may be unreadable: they were replaced when it was written
+    limit = 0  # unreadable images were replaced when the cache was written
 
     def __init__(self, folder, images):
         self.folder, self.images = folder, images
+        self.opened = {}  # arrays by path
+
     def path(self, kind, k):
         return os.path.join(self.folder, f"{kind}-{k:05}.npy")
-    @functools.lru_cache(None)
-    def open(self, kind, k):
-        return np.load(self.path(kind, k), mmap_mode="r" if kind == "moments" else None)
+
+    def array(self, kind, k):
+        path = self.path(kind, k)
+        if path not in self.opened:
+            self.opened[path] = np.load(path, mmap_mode="r" if kind == "moments" else None)
+        return self.opened[path]
+
     def __getitem__(self, keys):
-        flipped = not self.images.digits   # digits never are
-        places = [(index // self.shard, index % self.shard, int(flip and flipped)) for index, _, flip in keys]
-        moments = np.stack([self.open("moments", k)[row, flip] for k, row, flip in places])
-        labels = [int(self.open("labels", k)[row]) for k, row, _ in places]
-        return torch.from_numpy(moments), torch.tensor(labels), []
-    def fill(self, source, encode, dataset, args, rank, world):
-        """Write the shards that are missing, every world-th one; refuse a folder made from another source."""
-        path = os.path.join(self.folder, "source.json")
-        if rank == 0 and os.path.exists(self.folder) and not os.path.exists(path):
-            if os.path.isfile(self.folder) or set(os.listdir(self.folder)) - {"source.json.tmp"}:
-                sys.exit(f"--cache {self.folder} exists and is no latent cache: choose another folder")
-        or_exit(os.makedirs, self.folder, exist_ok=True)
+        moments, labels = [], []
+        for index, _epoch, flip in keys:
+            k, row = divmod(index, self.shard)
+            flipped = int(flip and not self.images.digits)  # digits never are
+            moments.append(self.array("moments", k)[row, flipped])
+            labels.append(int(self.array("labels", k)[row]))
+        return torch.from_numpy(np.stack(moments)), torch.tensor(labels), []
+
+    def fill(self, source, posterior_of, dataset, run):
+        """Write the shards that are missing; the processes take turns.
+
+        source: what the cache is made from, a dict of plain values. posterior_of: images -> their
+        posteriors. Raises UserError for a folder made from another source.
+        """
+        self.claim(source, run)
         n = len(self.images)
-        missing = [k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))]
-        missing = missing[rank::world]
-        if rank == 0 and not os.path.exists(path):
+        missing = [
+            k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))
+        ][run.rank :: run.world]
+        if run.world > 1:
+            dist.barrier()  # all have looked
+        shards = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
+        keys = [
+            [(index, 0, False) for index in shard[j : j + 64]]
+            for shard in shards.values()
+            for j in range(0, len(shard), 64)
+        ]
+        batches = load_batches(dataset, keys, run.args.workers, run.device)
+        for written, (k, shard) in enumerate(shards.items(), 1):
+            moments, labels = [], []
+            while sum(map(len, labels)) < len(shard):
+                x, y = next(batches)
+                pair = [posterior_of(x), posterior_of(x.flip(-1))]
+                pair = [torch.cat([p.mean, p.logvar], 1) for p in pair]
+                moments.append(torch.stack(pair, 1).half().cpu().numpy())
+                labels.append(y.cpu().numpy())
+            # The moments come last: where they are, the shard is complete.
+            for kind, parts in (("labels", labels), ("moments", moments)):
+                with ae.whole_file(self.path(kind, k)) as file:
+                    np.save(file, np.concatenate(parts))
+            print(f"cached shard {written} of {len(missing)} (rank {run.rank})", flush=True)
+        if run.world > 1:
+            dist.barrier()
+
+    def claim(self, source, run):
+        """Make the folder, or check that it was made from the same source."""
+        path = os.path.join(self.folder, "source.json")
+        if run.rank == 0 and not os.path.exists(path):
+            if os.path.isfile(self.folder) or (
+                os.path.exists(self.folder) and set(os.listdir(self.folder)) - {"source.json.tmp"}
+            ):
+                raise UserError(
+                    f"--cache {self.folder} exists and is no latent cache: choose another folder"
+                )
+            ae.make_folder(self.folder)
             with ae.whole_file(path) as file:
                 file.write(json.dumps(source, indent=1).encode())
-        if world > 1:
+        if run.world > 1:
             dist.barrier()
         with open(path) as file:
             found = json.load(file)
         for name, value in source.items():
             if found.get(name) != value:
-                sys.exit(f"--cache {self.folder} was made with another {name}, {found.get(name)} and not "
-                         f"{value}: choose another folder")
-        rows = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
-        keys = [[(i, 0, False) for i in rows[k][j:j + 64]]
-                for k in missing for j in range(0, len(rows[k]), 64)]
-        batches = load_batches(dataset, keys, args)
-        for done, k in enumerate(missing):
-            moments, labels = [], []
-            while sum(map(len, labels)) < len(rows[k]):
-                x, y = next(batches)
-                pair = [encode(x), encode(x.flip(-1))]
-                pair = torch.stack([torch.cat([p.mean, p.logvar], 1) for p in pair], 1)
-                moments.append(pair.half().cpu().numpy())
-                labels.append(y.cpu().numpy())
-            for kind, parts in (("labels", labels), ("moments", moments)):   # moments last: they mark it done
-                with ae.whole_file(self.path(kind, k)) as file:
-                    np.save(file, np.concatenate(parts))
-            print(f"cached shard {done + 1} of {len(missing)} (rank {rank})", flush=True)
-        if world > 1:
-            dist.barrier()
+                raise UserError(
+                    f"--cache {self.folder} was made with another {name}, {found.get(name)} and not "
+                    f"{value}: choose another folder"
+                )
 
-def crop_and_flip(size, mirror, image, index, epoch, flip):
-    """The transform of Batches: flipped after the crop, where mirror is True and the key says so."""
-    pixels = pil_to_tensor(center_crop(image, size))
-    return pixels.flip(-1) if flip and mirror else pixels
 
 def cache_source(args, images, autoencoder):
     """What makes a cache valid: the autoencoder's weights, the files, the size."""
@@ -137,135 +411,34 @@ def cache_source(args, images, autoencoder):
     for name, tensor in sorted(autoencoder.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().numpy().tobytes())
     listing = "digits" if images.digits else "\n".join(images.files)
-    return {"autoencoder": weights.hexdigest()[:16], "folder": args.data and os.path.realpath(args.data),
-            "files": hashlib.sha256(os.fsencode(listing)).hexdigest()[:16], "image_size": args.image_size}
+    return {
+        "autoencoder": weights.hexdigest()[:16],
+        "folder": args.data and os.path.realpath(args.data),
+        "files": hashlib.sha256(os.fsencode(listing)).hexdigest()[:16],
+        "image_size": args.image_size,
+    }
 
-def latent_statistics(dataset, encode, args, n, rank, world):
-    """Mean and unbiased std per channel, (C,) each, of one sample of 10,000 random unflipped images."""
-    picked = np.random.default_rng((args.seed, n)).permutation(n)[:10000]
-    chunks = [picked[i:i + 100] for i in range(0, len(picked), 100)]
-    keys = [[(int(i), 0, False) for i in chunk] for chunk in chunks[rank::world]]
-    sums = torch.zeros(3, args.latent_shape[0], dtype=torch.float64, device=args.device)
-    for k, (x, _) in enumerate(load_batches(dataset, keys, args)):
-        posterior = encode(x)
-        noise = torch.randn(posterior.mean.shape, device=x.device,
-                            generator=generator(args.device, args.seed, rank + k * world, 2))
-        sums += power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))   # of (C, B * h * w)
-    if world > 1:
+
+def latent_statistics(dataset, posterior_of, n, run):
+    """Mean and unbiased std (C,) per channel, of 10,000 random unflipped images, one sample each."""
+    seed = run.args.seed
+    picked = np.random.default_rng((seed, n)).permutation(n)[:10000].tolist()
+    chunks = [picked[i : i + 100] for i in range(0, len(picked), 100)]
+    mine = range(run.rank, len(chunks), run.world)
+    keys = [[(index, 0, False) for index in chunks[k]] for k in mine]
+    sums = torch.zeros(3, run.args.latent_shape[0], dtype=torch.float64, device=run.device)
+    batches = load_batches(dataset, keys, run.args.workers, run.device)
+    for k, (x, _) in zip(mine, batches, strict=True):
+        posterior = posterior_of(x)
+        draw = generator(run.device, seed, k, 2)
+        noise = torch.randn(posterior.mean.shape, device=run.device, generator=draw)
+        sums += fid.power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))  # (C, B * h * w)
+    if run.world > 1:
         dist.all_reduce(sums)
-    n, total, squares = sums
-    mean = total / n
-    return mean.float(), ((squares - n * mean.square()) / (n - 1)).sqrt().float()
+    count, total, squares = sums
+    mean = total / count
+    return mean.float(), ((squares - count * mean.square()) / (count - 1)).sqrt().float()
 
-@torch.no_grad()
-def draw_samples(ema, autoencoder, latent_mean, latent_std, args, class_names):
-    """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
-    rows = min(10, ema.num_classes)
-    classes = np.arange(rows) * ema.num_classes // rows
-    y = torch.tensor(classes, device=args.device).repeat_interleave(8)
-    noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed)).to(args.device)
-    z = dit.sample(ema, noise, y, args.sample_steps, args.cfg_scale, args.cfg_channels, args.cfg_start,
-                   args.shift)
-    images = [ae.to_uint8(autoencoder.decode(part)) for part in (z * latent_std + latent_mean).split(8)]
-    images = np.concatenate(images)
-    ae.save_grid(os.path.join(args.out, "samples.png"), images.reshape(rows, 8, *images.shape[1:]),
-                 [class_names[c] for c in classes])
-
-def main():
-    args, ckpt = parse_args(__doc__, FLAGS, "dit")
-    rank, world = setup(args)
-    images = Images(args.data)
-    n, num_classes = len(images), len(images.classes)
-    if num_classes == 1 and not ckpt and "steps" not in args.given:
-        args.steps = 60000
-    if num_classes == 1 or args.class_dropout == 0:   # no null class, no guidance
-        if "cfg_scale" in args.given and args.cfg_scale > 1:
-            sys.exit("--cfg_scale above 1 needs several classes and --class_dropout above 0")
-        args.cfg_scale = 1.0
-    if ckpt and finished(args, ckpt, images):
-        return
-
-    autoencoder = or_exit(ae.from_checkpoint, ckpt["ae"]) if ckpt else or_exit(ae.load, args.ae)
-    autoencoder = autoencoder.to(args.device).requires_grad_(False)
-    if not ckpt and "image_size" not in args.given:
-        args.image_size = autoencoder.image_size or args.image_size
-    autocast = functools.partial(torch.autocast, args.device.split(":")[0], torch.bfloat16,
-                                 enabled=args.autocast)
-
-    @torch.no_grad()
-    def encode(x):
-        with autocast():
-            return autoencoder.encode(x)
-
-    probe = or_exit(encode, torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
-    args.latent_shape = list(probe.mean.shape[1:])
-    dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
-    if args.cache:
-        cache = Cache(args.cache, images)
-        or_exit(cache.fill, cache_source(args, images, autoencoder), encode, dataset, args, rank, world)
-        dataset = cache
-
-        def encode(x):   # what is read are moments
-            return ae.Posterior(x, autoencoder.deterministic)
-    if ckpt:
-        latent_mean, latent_std = ckpt["latent_mean"].to(args.device), ckpt["latent_std"].to(args.device)
-    else:
-        latent_mean, latent_std = latent_statistics(dataset, encode, args, n, rank, world)
-    latent_mean, latent_std = latent_mean.view(-1, 1, 1), latent_std.view(-1, 1, 1)
-
-    torch.manual_seed(args.seed)   # weights start the same on every rank
-    config = {"input_size": args.latent_shape[1], "in_channels": args.latent_shape[0],
-              "num_classes": num_classes, "qk_norm": bool(args.qk_norm),
-              "class_dropout_prob": args.class_dropout}
-    net = dit.DiT_models[args.model](**config).to(args.device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], args.lr, args.betas,
-                                  weight_decay=0, fused=True)
-    run = Run(args, rank, world, ckpt, model=net, ema=ema, optimizer=optimizer)
-    del ckpt
-    if args.compiled:
-        net.compile()
-    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
-    if rank == 0:
-        introduce(args, images, world, net, torch.zeros(1, *args.latent_shape), torch.zeros(1),
-                  torch.zeros(1, dtype=torch.long))
-
-    batches = load_batches(dataset, training_keys(args, n, rank, world, run.done), args)
-    first, slices = run.done, micro_batches(args, rank, world)
-    for step in range(first, args.steps):
-        # the global batch's random numbers, of which each micro-batch takes its rows
-        draw = generator(args.device, args.seed, step)
-        shape = (args.batch, *args.latent_shape)
-        posterior_noise = torch.randn(shape, generator=draw, device=args.device)
-        noise = torch.randn(shape, generator=draw, device=args.device)
-        t = torch.randn(args.batch, generator=draw, device=args.device).sigmoid()
-        dropped = torch.rand(args.batch, generator=draw, device=args.device) < net.class_dropout_prob
-        total = 0
-        for rows in slices:
-            x, y = next(batches)
-            x1 = (encode(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
-            y = torch.where(dropped[rows], num_classes, y)   # the null class
-            if rank == 0 and step == first and rows == slices[0]:
-                print(f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}")
-            model.require_backward_grad_sync = rows == slices[-1]   # gradients travel once a step
-            with autocast():
-                loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
-            (loss / len(slices)).backward()
-            total = total + loss.detach() / len(slices)
-        counts = run.step({"loss": total}, [optimizer], schedule(args, step, 0))
-        rate = counts * (1 - min(args.ema, (1 + step) / (10 + step)))
-        with torch.no_grad():
-            for average, weight_now in zip(ema.parameters(), net.parameters()):
-                average.lerp_(weight_now, rate)
-        if run.due():
-            run.save(lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, args, images.classes),
-                     kind="dit", dit_config={"name": args.model, **config}, images=n,
-                     class_names=images.classes, latent_mean=latent_mean.flatten(),
-                     latent_std=latent_std.flatten(),
-                     ae={**autoencoder.recipe, "model": autoencoder.state_dict()})
-        if run.ending:
-            break
-    run.finish("samples.png")
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,13 @@
-"""What several test files use: the reference results, small runs of the scripts, made images."""
+"""Shared by the test files: reference results, small runs of the scripts, generated images."""
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def reference(name):
-    """A file of the reference implementations' results, or a skip where they are not beside the project."""
+    """A file of results from the reference implementations; skips the test if it is not there."""
     path = SHARED / "compat" / name
     if not path.exists():
         pytest.skip(f"{path} is not here")
@@ -25,9 +28,10 @@ def reference(name):
 
 
 def keys_of(name):
+    """The tensor names of a reference checkpoint, each with its shape."""
     lines = reference(name).read_text().splitlines()
     pairs = (line.split("\t") for line in lines if line)
-    return {key: tuple(int(side) for side in shape.split("x")) if shape else () for key, shape in pairs}
+    return {key: tuple(int(side) for side in shape.split("x") if side) for key, shape in pairs}
 
 
 def shapes(module):
@@ -35,7 +39,7 @@ def shapes(module):
 
 
 def fill(model, seed):
-    """Known weights, by the rule of the reference results."""
+    """Give a model the weights with which the reference results were computed."""
     random = np.random.RandomState(seed)
     state = model.state_dict()
     for key in sorted(state):
@@ -53,15 +57,21 @@ def normal(seed, *shape):
 
 
 def close(ours, theirs, tolerance=1e-4):
-    """Largest difference relative to the largest value."""
+    """Assert that no difference exceeds this fraction of the largest value."""
     ours = ours.detach().numpy() if torch.is_tensor(ours) else np.asarray(ours)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+def words(*flags):
+    """The words of a command line: strings are split as a shell does it, paths are kept whole."""
+    lists = (shlex.split(flag) if isinstance(flag, str) else [str(flag)] for flag in flags)
+    return [word for words in lists for word in words]
+
+
 def run(module, *flags):
-    """A script's main in this process, by its flags; SystemExit carries its message."""
-    argv, sys.argv = sys.argv, [module.__name__ + ".py", *map(str, flags)]
+    """Run a script in this process: run(train_ae, "--out", tmp_path, "--batch 8 --steps 1")."""
+    argv, sys.argv = sys.argv, [module.__name__ + ".py", *words(*flags)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         module.main()
@@ -72,49 +82,82 @@ def run(module, *flags):
 
 
 def fails(module, *flags):
-    """The one sentence with which a script stops."""
+    """Run a script that has to stop with one sentence, and return that sentence."""
     with pytest.raises(SystemExit) as stop:
         run(module, *flags)
+    # SystemExit with a string prints it and exits with status 1
     message = stop.value.code
-    assert isinstance(
-        message, str
-    ), f"it ended with {message!r}, not with a sentence"  # a string exits with 1
+    assert isinstance(message, str), f"it ended with {message!r}, not with a sentence"
     assert "\n" not in message
     return message
 
 
+def launch(processes, script, *flags):
+    """The command and the environment of a script on the CPU, in processes of one thread each."""
+    # Without the "--" torchrun would take --num for one of its own flags
+    several = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --"
+    launcher = several if processes > 1 else ""
+    command = words(Path(sys.executable), launcher, ROOT / script, *flags)
+    return command, {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(processes, script, *flags):
-    """A script on several gloo processes of one thread each."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "--",
-        str(ROOT / script),
-        *map(str, flags),
-    ]  # --: else torchrun takes --num for one of its own
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    """Run a script in several processes that talk through gloo, and return what it prints."""
+    command, env = launch(processes, script, *flags)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def log_of(out):
-    return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(out):
+    """The lines of a run's log without what depends on the clock."""
+    times = ("images_per_s", "seconds_left")
+    return [{k: v for k, v in line.items() if k not in times} for line in log_of(out)]
+
+
+def read(path):
+    """A checkpoint, read without running code from it."""
+    return torch.load(path, weights_only=True)
 
 
 def difference(a, b, part="model"):
-    """The largest difference between the weights of two checkpoints."""
-    a, b = (torch.load(Path(out) / "ckpt.pt", weights_only=True)[part] for out in (a, b))
+    """The largest difference between the weights in the checkpoints of two runs."""
+    a, b = (read(Path(out) / "ckpt.pt")[part] for out in (a, b))
     assert a.keys() == b.keys()
     return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
 
 
+def written(data):
+    """A function that writes these bytes to a path."""
+    return lambda path: path.write_bytes(data)
+
+
+def saved(content):
+    """A function that saves this object to a path, as a checkpoint is saved."""
+    return lambda path: torch.save(content, path)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Downloads fail as they do without a network."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Class folders of made images, of several shapes: 3 classes, 40 images each."""
+    """A folder of generated images of several shapes: 3 classes, 40 images each."""
     root = tmp_path_factory.mktemp("images")
     random = np.random.RandomState(0)
     for c, name in enumerate(("ants", "bees", "cats")):
@@ -128,21 +171,22 @@ def folder(tmp_path_factory):
     return root
 
 
-TINY_VIT = ("--hidden_size", 32, "--depth", 1, "--decoder_depth", 1, "--num_heads", 2)
-TINY_CONV = ("--channels", 32, 32)
+TINY_VIT = "--hidden_size 32 --depth 1 --decoder_depth 1 --num_heads 2"
+TINY_CONV = "--channels 32 32"
 
 
 def tiny(model):
-    """The flags of a small one; SD-VAE's discriminator starts at the third step."""
+    """The flags of a small model; SD-VAE's discriminator starts at the third step."""
     sizes = TINY_VIT if model in ("mae", "vmae") else TINY_CONV
-    return ("--model", model, *sizes, *(("--disc_start", 3) if model == "sdvae" else ()))
+    discriminator = "--disc_start 3" if model == "sdvae" else ""
+    return f"--model {model} {sizes} {discriminator}"
 
 
 @pytest.fixture(scope="session")
 def tiny_vmae(tmp_path_factory):
-    """A VMAE trained for 20 steps on the digits: its checkpoint."""
+    """The checkpoint of a VMAE trained for 20 steps on the digits."""
     import train_ae
 
     out = tmp_path_factory.mktemp("vmae")
-    run(train_ae, "--out", out, *TINY_VIT, "--steps", 20)
+    run(train_ae, "--out", out, TINY_VIT, "--steps 20")
     return out / "ckpt.pt"

@@ -1,7 +1,6 @@
-"""ae.py against the reference implementations, the equations, and files that people have or break."""
+"""ae.py against the reference implementations and the equations, and reading of checkpoints."""
 
 import argparse
-import copy
 import json
 import os
 
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import close, fill, keys_of, normal, read, reference, saved, shapes, written
 
 import ae
 import dit
-from conftest import close, fill, keys_of, normal, reference, shapes
 
 SMALL = {"image_size": 64, "hidden_size": 96, "depth": 2, "decoder_depth": 3, "num_heads": 4}
 CONV = {"channels": (32, 64, 64, 64)}
@@ -75,16 +74,9 @@ def test_sdvae_encodes_and_decodes_as_diffusers_stored_results():
 def test_sdvae_equals_diffusers_where_installed(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="the peer diffusers is not installed")
     blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
-    theirs = diffusers.AutoencoderKL(
-        3,
-        3,
-        *blocks,
-        CONV["channels"],
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    sizes = {"layers_per_block": 2, "latent_channels": 16}
+    without = {"use_quant_conv": False, "use_post_quant_conv": False}
+    theirs = diffusers.AutoencoderKL(3, 3, *blocks, CONV["channels"], **sizes, **without).eval()
     torch.save(theirs.state_dict(), tmp_path / "vae.pt")
     ours, x = ae.load(tmp_path / "vae.pt"), normal(1, 1, 3, 64, 64)
     with torch.no_grad():
@@ -104,9 +96,9 @@ def test_adversarial_losses_are_vqgan_s():
 def test_tensor_names_and_shapes_are_the_references():
     pretrained = ae.VMAE(image_size=128)
     assert shapes(pretrained) == keys_of("vmae_f8d16_128_pretrain.keys.txt")
-    assert {k: v for k, v in shapes(ae.VMAE()).items() if k != "mask_token"} == keys_of(
-        "vmae_f8d16_256.keys.txt"
-    )
+    tuned = shapes(ae.VMAE())
+    del tuned["mask_token"]
+    assert tuned == keys_of("vmae_f8d16_256.keys.txt")
     with torch.device("meta"):
         assert shapes(ae.SDVAE()) == keys_of("sdvae_f8d16.keys.txt")
 
@@ -135,13 +127,13 @@ def test_kl_is_that_of_torch_distributions():
 
 
 def test_posterior_clamps_the_log_variance_and_samples_by_the_noise():
-    moments = torch.cat([torch.full((1, 2, 1, 1), 3.0), torch.tensor([-100.0, 100.0]).view(1, 2, 1, 1)], 1)
+    moments, noise = torch.tensor([3.0, 3.0, -100.0, 100.0]), torch.ones(1, 2, 1, 1)
+    moments = moments.view(1, 4, 1, 1)
     posterior = ae.Posterior(moments)
     assert posterior.logvar.flatten().tolist() == [-30, 20]
-    torch.testing.assert_close(posterior.sample(torch.ones(1, 2, 1, 1)), 3 + (0.5 * posterior.logvar).exp())
-    assert torch.equal(
-        ae.Posterior(moments, deterministic=True).sample(torch.ones(1, 2, 1, 1)), posterior.mode()
-    )
+    torch.testing.assert_close(posterior.sample(noise), 3 + (0.5 * posterior.logvar).exp())
+    fixed = ae.Posterior(moments, deterministic=True)
+    assert torch.equal(fixed.sample(noise), posterior.mode())
 
 
 @pytest.mark.parametrize("name", ["ae", "dae", "vae", "sdvae"])
@@ -171,7 +163,10 @@ def test_mae_s_loss_ignores_the_visible_patches():
     x = normal(4, 2, 3, 64, 64)
     ids = model.randomness(2, 64, torch.Generator().manual_seed(0))["ids_shuffle"]
     loss, terms, x_hat = model(x, ids_shuffle=ids)
-    patches = lambda image: F.unfold(image, 8, stride=8).transpose(1, 2)  # (B, L, pixels)
+
+    def patches(image):
+        return F.unfold(image, 8, stride=8).transpose(1, 2)  # (B, L, pixels)
+
     error = (patches(x_hat) - patches(x)).square().mean(-1)
     hidden = torch.ones(2, 64, dtype=torch.bool).scatter(1, ids[:, :25], False)
     torch.testing.assert_close(loss, error[hidden].mean())
@@ -205,9 +200,8 @@ def test_randomness_handed_in_is_all_the_randomness():
         torch.manual_seed(0)
         model = model_class(**SMALL) if "mae" in name else model_class(channels=(32, 32))
         x = normal(7, 2, 3, 64, 64)
-        first, second = (
-            model(x, **model.randomness(2, 64, torch.Generator().manual_seed(1)))[0] for _ in range(2)
-        )
+        draws = [model.randomness(2, 64, torch.Generator().manual_seed(1)) for _ in range(2)]
+        first, second = (model(x, **drawn)[0] for drawn in draws)
         assert torch.equal(first, second), name
 
 
@@ -237,8 +231,11 @@ def test_gradients_agree_with_finite_differences():
     x = normal(9, 1, 3, 16, 16).double()
     draws = model.randomness(1, 16, torch.Generator().manual_seed(0))
     draws["noise"] = draws["noise"].double()
-    # Posterior computes in float32: its rounding bounds the step from below
-    loss = lambda: model(x, **draws)[0].double()
+
+    # Posterior computes in float32, so that a smaller step would measure its rounding
+    def loss():
+        return model(x, **draws)[0].double()
+
     loss().backward()
     for parameter in (model.decoder_embed.weight, model.mask_token, model.to_latent.weight):
         direction = torch.randn_like(parameter)
@@ -257,15 +254,17 @@ def test_gradients_agree_with_finite_differences():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A TORCH_HOME of its own, with a VGG16 file of random weights."""
+    """A TORCH_HOME for one test, with a VGG16 file of random weights; the path of that file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    with torch.device("meta"):  # only the features, the classifier's 120 million weights are never read
+    with torch.device("meta"):
         state = torchvision.models.vgg16().state_dict()
-    features = {k: 0.05 * torch.randn(v.shape) for k, v in state.items() if k.startswith("features.")}
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    # The 120 million weights of the classifier are never read
+    names = [name for name in state if name.startswith("features.")]
+    features = {name: 0.05 * torch.randn(state[name].shape) for name in names}
     path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
     torch.save(features, path)
     return path
 
@@ -277,7 +276,7 @@ def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval
     assert not ours.training and not any(module.training for module in ours.modules())
     assert not any(p.requires_grad for p in ours.parameters())
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
-    features = torch.load(hub, weights_only=True)
+    features = read(hub)
     mapped = {
         f"net.{name}": features["features." + name.split(".", 1)[1]]
         for name, _ in theirs.net.named_parameters()
@@ -289,17 +288,8 @@ def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval
     torch.testing.assert_close(distance, theirs(x, y).detach())
 
 
-def test_lpips_offline_says_which_file_to_put_where(hub, monkeypatch):
-    import urllib.error
-    import urllib.request
-
+def test_lpips_offline_says_which_file_to_put_where(hub, offline):
     hub.unlink()
-
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(FileNotFoundError) as error:
         ae.lpips_vgg()
     for word in ("vgg16-397923af.pth", str(hub.parent), "--lpips 0"):
@@ -308,7 +298,7 @@ def test_lpips_offline_says_which_file_to_put_where(hub, monkeypatch):
 
 def test_lpips_names_a_damaged_file(hub):
     hub.write_bytes(hub.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="vgg16-397923af.pth is damaged"):
+    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth is damaged"):
         ae.lpips_vgg()
 
 
@@ -319,7 +309,8 @@ def test_the_release_s_vmae_loads_with_its_namespace_and_without_mask_token(tmp_
     model = ae.VMAE(image_size=64, hidden_size=96, depth=2, decoder_depth=3)
     state = {k: v for k, v in model.state_dict().items() if k != "mask_token"}
     state["perceptual_loss.net.weight"] = torch.zeros(3)
-    torch.save({"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}, tmp_path / "release.pth")
+    ckpt = {"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}
+    torch.save(ckpt, tmp_path / "release.pth")
     loaded = ae.load(tmp_path / "release.pth")
     x = normal(0, 1, 3, 64, 64)
     assert isinstance(loaded, ae.VMAE) and not loaded.training
@@ -331,19 +322,19 @@ def test_the_release_s_vmae_loads_with_its_namespace_and_without_mask_token(tmp_
 def test_a_loaded_autoencoder_saves_and_loads_again(tmp_path):
     for name, config in (("mae", SMALL), ("dae", {**CONV, "noise_std": 0.3})):
         model = ae.MODELS[name](**config)
-        torch.save(
-            {"kind": "autoencoder", "name": name, "config": config, "model": model.state_dict()},
-            tmp_path / "a.pt",
-        )
+        state = model.state_dict()
+        ckpt = {"kind": "autoencoder", "name": name, "config": config, "model": state}
+        torch.save(ckpt, tmp_path / "a.pt")
         first = ae.load(tmp_path / "a.pt")
         second = ae.from_checkpoint({**first.recipe, "model": first.state_dict()})
         assert type(second) is type(model)
-        assert all(
-            torch.equal(a, b) for a, b in zip(second.state_dict().values(), model.state_dict().values())
-        )
+        for ours, original in zip(second.state_dict().values(), state.values()):
+            assert torch.equal(ours, original)
 
 
 class Evil:
+    """Runs a command when it is unpickled."""
+
     def __reduce__(self):
         return os.system, ("echo harmed",)
 
@@ -352,20 +343,17 @@ class Evil:
     "content, words",
     [
         (lambda path: None, "no checkpoint file"),
-        (lambda path: path.write_bytes(b""), "is no checkpoint"),
-        (lambda path: path.write_bytes(b"hello, I am a text file"), "is no checkpoint"),
-        (lambda path: path.write_bytes(os.urandom(5000)), "is no checkpoint"),
-        (lambda path: torch.save({"model": Evil()}, path), "is no checkpoint"),
-        (lambda path: torch.save(torch.zeros(3), path), "holds a Tensor"),
-        (lambda path: torch.save({"weight": torch.zeros(3)}, path), "no autoencoder"),
-        (lambda path: torch.save({"model": {"x_embedder.proj.weight": torch.zeros(1)}}, path), "holds a DiT"),
-        (
-            lambda path: torch.save({"kind": "autoencoder", "name": "ae", "config": CONV, "model": {}}, path),
-            "does not fit",
-        ),
-        (lambda path: torch.save({"kind": "autoencoder"}, path), "does not fit"),
-        (lambda path: torch.save({"model": "resnet50"}, path), "autoencoder"),
-        (lambda path: torch.save({1: torch.zeros(1)}, path), "autoencoder"),
+        (written(b""), "is no checkpoint"),
+        (written(b"hello, I am a text file"), "is no checkpoint"),
+        (written(os.urandom(5000)), "is no checkpoint"),
+        (saved({"model": Evil()}), "is no checkpoint"),
+        (saved(torch.zeros(3)), "holds a Tensor"),
+        (saved({"weight": torch.zeros(3)}), "no autoencoder"),
+        (saved({"model": {"x_embedder.proj.weight": torch.zeros(1)}}), "holds a DiT"),
+        (saved({"kind": "autoencoder", "name": "ae", "config": CONV, "model": {}}), "does not fit"),
+        (saved({"kind": "autoencoder"}), "does not fit"),
+        (saved({"model": "resnet50"}), "autoencoder"),
+        (saved({1: torch.zeros(1)}), "autoencoder"),
     ],
 )
 def test_a_file_that_is_no_autoencoder_gets_a_sentence(tmp_path, content, words, capfd):
@@ -402,23 +390,23 @@ def test_wrong_image_sizes_are_named():
 def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
     x = torch.tensor([-2, -1, -0.999, 0, 0.5, 0.9999, 1, 3]).view(1, 1, 1, 8).expand(1, 3, 1, 8)
     expected = np.floor(np.clip(127.5 * x[0, 0, 0].numpy() + 128, 0, 255)).astype(np.uint8)
-    assert ae.to_uint8(x)[0, 0, :, 0].tolist() == expected.tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
+    assert expected.tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
+    assert ae.to_uint8(x)[0, 0, :, 0].tolist() == expected.tolist()
+
+    # Every value survives the way into the network's range and back
     values = np.arange(256, dtype=np.uint8)
-    image = torch.from_numpy(values).float() / 127.5 - 1
-    assert np.array_equal(ae.to_uint8(image.view(1, 1, 1, -1).expand(1, 3, 1, -1))[0, 0, :, 0], values)
+    image = (torch.from_numpy(values).float() / 127.5 - 1).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    assert np.array_equal(ae.to_uint8(image)[0, 0, :, 0], values)
 
 
 def test_a_safetensors_file_is_read(tmp_path):
-    """Written here by the format's own description: length of the header, header, bytes."""
+    """The file is written as the format is described: length of the header, header, bytes."""
     model = ae.SDVAE(channels=(32, 32), latent_dim=4)
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in model.state_dict().items():
         raw = tensor.half().numpy().tobytes()
-        header[name] = {
-            "dtype": "F16",
-            "shape": list(tensor.shape),
-            "data_offsets": [len(data), len(data) + len(raw)],
-        }
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": offsets}
         data += raw
     text = json.dumps(header).encode()
     path = tmp_path / "vae.safetensors"
@@ -435,10 +423,10 @@ def test_a_safetensors_file_is_read(tmp_path):
 def test_a_folder_where_a_checkpoint_belongs_is_told_apart(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "source.json").write_text("{}")
-    with pytest.raises(ValueError, match="latent cache.*train_dit.py --cache"):
+    with pytest.raises(ValueError, match=r"latent cache.*train_dit\.py --cache"):
         ae.load(tmp_path / "cache")
     (tmp_path / "ckpt.pt").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="ckpt.pt"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt\.pt"):
         ae.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="ckpt.pt"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt\.pt"):
         dit.load(tmp_path)

@@ -1,11 +1,11 @@
-"""dit.py against the reference implementation, the equations, and files that people have or break."""
+"""dit.py against the reference implementation and the equations, and reading of checkpoints."""
 
 import numpy as np
 import pytest
 import torch
+from conftest import close, fill, keys_of, normal, reference, saved, shapes, written
 
 import dit
-from conftest import close, fill, keys_of, normal, reference, shapes
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +22,19 @@ def expected():
 
 
 def test_forward_is_lightningdit_s(model, expected):
-    out = model(normal(100, 4, 16, 8, 8), torch.tensor([0.02, 0.3, 0.7, 0.99]), torch.tensor([0, 3, 5, 10]))
-    close(out, expected["out"])
+    t, y = torch.tensor([0.02, 0.3, 0.7, 0.99]), torch.tensor([0, 3, 5, 10])
+    close(model(normal(100, 4, 16, 8, 8), t, y), expected["out"])
 
 
 def test_flow_loss_is_the_reference_s(model, expected):
     x1, noise = normal(700, 4, 16, 8, 8), normal(800, 4, 16, 8, 8)
-    loss = dit.flow_loss(model, x1, torch.tensor([0, 1, 10, 2]), noise, torch.tensor([0.1, 0.4, 0.6, 0.9]))
-    close(loss, expected["flow_loss"])
+    t, y = torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0, 1, 10, 2])
+    close(dit.flow_loss(model, x1, y, noise, t), expected["flow_loss"])
 
 
 def test_guided_velocity_is_the_reference_s(model, expected):
-    v = dit.guided_velocity(model, normal(700, 4, 16, 8, 8)[:2], 0.5, torch.tensor([1, 2]), 4, 3)
-    close(v, expected["guided"])
+    x, y = normal(700, 4, 16, 8, 8)[:2], torch.tensor([1, 2])
+    close(dit.guided_velocity(model, x, 0.5, y, 4, 3), expected["guided"])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def test_guided_velocity_is_the_reference_s(model, expected):
     ],
 )
 def test_euler_runs_are_the_reference_s(model, expected, name, settings):
-    close(dit.sample(model, normal(900, 2, 16, 8, 8), torch.tensor([1, 2]), *settings), expected[name])
+    noise, y = normal(900, 2, 16, 8, 8), torch.tensor([1, 2])
+    close(dit.sample(model, noise, y, *settings), expected[name])
 
 
 def test_names_shapes_and_count_of_dit_b_are_lightningdit_s():
@@ -68,18 +69,22 @@ def test_a_single_class_has_no_null_row_and_refuses_guidance():
     assert len(model.y_embedder["embedding_table"].weight) == 1
     with pytest.raises(ValueError, match="cfg_scale 1"):
         dit.guided_velocity(model, normal(0, 1, 16, 4, 4), 0.5, torch.tensor([0]), 2.0, 3)
-    assert (
-        len(dit.DiT(4, 1, 16, 32, 1, 2, 10, class_dropout_prob=0).y_embedder["embedding_table"].weight) == 10
-    )
+    undropped = dit.DiT(4, 1, 16, 32, 1, 2, 10, class_dropout_prob=0)
+    assert len(undropped.y_embedder["embedding_table"].weight) == 10
 
 
 def test_attention_depends_on_relative_positions_alone():
     cos, sin = dit.rotary_tables(16, 6)
     q, k = normal(0, 16), normal(1, 16)
-    turned = lambda x: dit.rotate(x.expand(1, 36, 1, 16), cos, sin)[0, :, 0].view(6, 6, 16)
+
+    def turned(x):
+        return dit.rotate(x.expand(1, 36, 1, 16), cos, sin)[0, :, 0].view(6, 6, 16)
+
     scores = torch.einsum("ijd,kld->ijkl", turned(q), turned(k))
-    torch.testing.assert_close(scores[1, 2, 3, 1], scores[2, 4, 4, 3])  # both differ by (+2, -1)
-    assert abs(scores[1, 2, 3, 1] - scores[1, 2, 2, 0]) > 1e-3  # another difference, another score
+    # In both pairs the positions differ by (+2, -1)
+    torch.testing.assert_close(scores[1, 2, 3, 1], scores[2, 4, 4, 3])
+    # Another difference gives another score
+    assert abs(scores[1, 2, 3, 1] - scores[1, 2, 2, 0]) > 1e-3
 
 
 def test_larger_patches_put_each_pixel_back_in_its_place():
@@ -87,7 +92,8 @@ def test_larger_patches_put_each_pixel_back_in_its_place():
     torch.nn.init.normal_(model.final_layer.linear.weight)
     x = normal(0, 1, 4, 8, 8)
     changed = x.clone()
-    changed[:, :, 2:4, 4:6] += 1  # the patch in row 1, column 2
+    # The patch in row 1, column 2
+    changed[:, :, 2:4, 4:6] += 1
     t, y = torch.tensor([0.5]), torch.tensor([0])
     difference = (model(x, t, y) - model(changed, t, y)).abs().sum(1)[0]
     assert difference[2:4, 4:6].min() > 0
@@ -102,12 +108,16 @@ def test_flow_loss_is_zero_for_the_true_velocity_and_its_square_otherwise():
     x1, noise, t = normal(0, 3, 4, 2, 2), normal(1, 3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.9])
     y = torch.zeros(3, dtype=torch.long)
 
-    def oracle(x, times, y):  # both x1 and noise are known: the velocity at x_t, wherever it is asked
-        torch.testing.assert_close(x, times.view(-1, 1, 1, 1) * x1 + (1 - times.view(-1, 1, 1, 1)) * noise)
+    def oracle(x, times, y):
+        """The true velocity at x_t, from data and noise that are both known here."""
+        times = times.view(-1, 1, 1, 1)
+        torch.testing.assert_close(x, times * x1 + (1 - times) * noise)
         return x1 - noise
 
+    def off(x, times, y):
+        return oracle(x, times, y) + 3
+
     assert dit.flow_loss(oracle, x1, y, noise, t) == 0
-    off = lambda x, times, y: oracle(x, times, y) + 3
     torch.testing.assert_close(dit.flow_loss(off, x1, y, noise, t), torch.tensor(9.0))
 
 
@@ -115,16 +125,19 @@ def test_cosine_loss_adds_one_minus_the_cosine_over_the_channels():
     x1, noise, t = normal(0, 2, 4, 2, 2), normal(1, 2, 4, 2, 2), torch.tensor([0.2, 0.7])
     y = torch.zeros(2, dtype=torch.long)
     v = normal(2, 2, 4, 2, 2)
-    added = dit.flow_loss(lambda *_: v, x1, y, noise, t, cosine=True) - dit.flow_loss(
-        lambda *_: v, x1, y, noise, t
-    )
+
+    def model(x, t, y):
+        return v
+
+    plain = dit.flow_loss(model, x1, y, noise, t)
+    added = dit.flow_loss(model, x1, y, noise, t, cosine=True) - plain
     u = x1 - noise
     cosine = (u * v).sum(1) / (u.square().sum(1).sqrt() * v.square().sum(1).sqrt())
     torch.testing.assert_close(added, (1 - cosine).mean())
 
 
 class Recorder(torch.nn.Module):
-    """Stands in for a DiT, with the velocity data - x0 of a straight path, and keeps what it was asked."""
+    """Stands in for a DiT: predicts the same velocity everywhere, and records its calls."""
 
     num_classes, class_dropout_prob = 10, 0.1
 
@@ -143,7 +156,8 @@ def test_250_steps_are_250_evaluations_on_the_shifted_grid_and_end_at_the_data()
     noise = normal(1, 1, 4, 2, 2)
     out = dit.sample(model, noise, torch.tensor([3]), steps=250, cfg_scale=1.0, shift=0.3)
     assert len(model.calls) == 250
-    torch.testing.assert_close(out, noise + velocity)  # the time steps add up to 1
+    # The time steps add up to 1
+    torch.testing.assert_close(out, noise + velocity)
     grid = np.arange(250) / 250
     assert np.allclose([t for _, t, _ in model.calls], 0.3 * grid / (1 - 0.7 * grid))
 
@@ -155,7 +169,8 @@ def test_below_cfg_start_the_unconditional_half_is_not_computed():
     guided = [call for call in model.calls if call[1] >= 0.1]
     assert all(size == 2 and y == [3, 4] for size, _, y in plain)
     assert all(size == 4 and y == [3, 4, 10, 10] for size, _, y in guided)
-    assert abs(len(plain) / 250 - 0.27) < 0.005  # the share that the paper's settings leave unguided
+    # The fraction of steps that the paper's settings leave unguided
+    assert abs(len(plain) / 250 - 0.27) < 0.005
 
 
 def test_guidance_touches_the_first_channels_alone(model):
@@ -174,50 +189,30 @@ def test_guidance_touches_the_first_channels_alone(model):
 def test_a_lightningdit_checkpoint_loads_its_ema_weights(tmp_path, classes, qk_norm):
     ema = fill(dit.DiT(8, 1, 16, 96, 3, 4, classes, qk_norm), 1)
     raw = fill(dit.DiT(8, 1, 16, 96, 3, 4, classes, qk_norm), 2)
-    torch.save(
-        {
-            "model": {"module." + k: v for k, v in raw.state_dict().items()},
-            "ema": ema.state_dict(),
-            "opt": {},
-            "config": {},
-        },
-        tmp_path / "lightning.pt",
-    )
+    weights = {"module." + k: v for k, v in raw.state_dict().items()}
+    ckpt = {"model": weights, "ema": ema.state_dict(), "opt": {}, "config": {}}
+    torch.save(ckpt, tmp_path / "lightning.pt")
     loaded, info = dit.load(tmp_path / "lightning.pt")
     assert not loaded.training and "ae" not in info
     x, t, y = normal(0, 2, 16, 8, 8), torch.tensor([0.1, 0.8]), torch.zeros(2, dtype=torch.long)
     assert torch.equal(loaded(x, t, y), ema(x, t, y))
 
 
+DIT_S = {"name": "DiT-S/1", "input_size": 4}
+NARROW = {"x_embedder.proj.weight": torch.zeros(1)}
+OTHER = {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
         (lambda path: None, "no checkpoint file"),
-        (lambda path: path.write_bytes(b"hello, I am a text file"), "is no checkpoint"),
-        (lambda path: torch.save([1, 2], path), "holds no DiT"),
-        (
-            lambda path: torch.save({"model": {"patch_embed.proj.weight": torch.zeros(1)}}, path),
-            "belongs behind",
-        ),
-        (
-            lambda path: torch.save(
-                {
-                    "kind": "dit",
-                    "ema": {"x_embedder.proj.weight": torch.zeros(1)},
-                    "dit_config": {"name": "DiT-S/1", "input_size": 4},
-                },
-                path,
-            ),
-            "does not fit",
-        ),
-        (
-            lambda path: torch.save({"kind": "dit", "ema": {"x_embedder.proj.weight": torch.zeros(1)}}, path),
-            "does not fit",
-        ),
-        (
-            lambda path: torch.save({"model": {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}}, path),
-            "does not fit",
-        ),
+        (written(b"hello, I am a text file"), "is no checkpoint"),
+        (saved([1, 2]), "holds a list, not a checkpoint"),
+        (saved({"model": {"patch_embed.proj.weight": torch.zeros(1)}}), "train_dit.py --ae"),
+        (saved({"kind": "dit", "ema": NARROW, "dit_config": DIT_S}), "does not fit"),
+        (saved({"kind": "dit", "ema": NARROW}), "does not fit"),
+        (saved({"model": OTHER}), "does not fit"),
     ],
 )
 def test_a_file_that_is_no_dit_gets_a_sentence(tmp_path, content, words):

@@ -8,71 +8,65 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, read, run, torchrun
 from PIL import Image
 
 import ae
 import fid
 import train_ae
-from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, run, torchrun
 
 
 @pytest.fixture(autouse=True)
-def no_weights(tmp_path, monkeypatch):
-    """A TORCH_HOME without VGG16, and no network."""
-    import urllib.error
-
+def no_weights(tmp_path, monkeypatch, offline):
+    """No VGG16 in the cache, and no network to download it from."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
 
 
 # ---- the measures ----
 
 
-def test_ssim_is_scikit_image_s_with_a_gaussian_window():
-    metrics = pytest.importorskip("skimage.metrics", reason="the peer scikit-image is not installed")
+def two_pictures():
+    """Three smooth pictures, and the same with noise."""
     x = F.interpolate(normal(0, 3, 3, 12, 12), (48, 40), mode="bicubic").clamp(-1, 1)
-    y = (x + 0.2 * normal(1, 3, 3, 48, 40)).clamp(-1, 1)
-    for ours, a, b in zip(train_ae.ssim(x, y), x, y):
-        theirs = metrics.structural_similarity(
-            a.numpy(),
-            b.numpy(),
-            channel_axis=0,
-            data_range=2.0,
-            sigma=1.5,
-            gaussian_weights=True,
-            use_sample_covariance=False,
-        )
+    return x, (x + 0.2 * normal(1, 3, 3, 48, 40)).clamp(-1, 1)
+
+
+def test_ssim_is_scikit_image_s_with_a_gaussian_window():
+    why = "the peer scikit-image is not installed"
+    metrics = pytest.importorskip("skimage.metrics", reason=why)
+    x, y = two_pictures()
+    window = {"sigma": 1.5, "gaussian_weights": True, "use_sample_covariance": False}
+    for ours, a, b in zip(fid.ssim(x, y), x.numpy(), y.numpy()):
+        theirs = metrics.structural_similarity(a, b, channel_axis=0, data_range=2.0, **window)
         assert abs(ours.item() - theirs) < 1e-4
 
 
 def test_ssim_is_the_value_that_scikit_image_gave():
-    x = F.interpolate(normal(0, 3, 3, 12, 12), (48, 40), mode="bicubic").clamp(-1, 1)
-    y = (x + 0.2 * normal(1, 3, 3, 48, 40)).clamp(-1, 1)
-    assert np.allclose(
-        train_ae.ssim(x, y), [0.862512, 0.874022, 0.87211], atol=1e-4
-    )  # the call above, scikit-image 0.26.0
+    # From the call above, with scikit-image 0.26.0
+    theirs = [0.862512, 0.874022, 0.87211]
+    assert np.allclose(fid.ssim(*two_pictures()), theirs, atol=1e-4)
 
 
 def test_ssim_by_hand_of_constant_images():
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
     c1 = 0.02**2
-    expected = (2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1)  # without variance the second factor is 1
-    assert abs(train_ae.ssim(a, b).item() - expected) < 1e-9
-    assert train_ae.ssim(b, b).item() == 1
+    # Without variance the second factor is 1
+    expected = (2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1)
+    assert abs(fid.ssim(a, b).item() - expected) < 1e-9
+    assert fid.ssim(b, b).item() == 1
 
 
 def test_compression_of_constructed_latents_by_hand():
-    # one channel of std 2, on an image of two labels and another of one of them:
-    # "a" holds 0, 4 (mean 2, squares 8) and 2, 2, 2, 6 (mean 3, squares 12); "b" 10, 14 (mean 12, squares 8)
+    # One channel of std 2, in one image with the labels a and b and another with a alone.
+    # The sums of squared differences from the mean of each segment:
+    # a: 0, 4 around 2 give 8, and 2, 2, 2, 6 around 3 give 12; b: 10, 14 around 12 give 8.
     segments = [("a", [0.0, 4.0]), ("b", [10.0, 14.0]), ("a", [2.0, 2.0, 2.0, 6.0])]
-    sums = torch.stack([train_ae.power_sums(torch.tensor([values])) for _, values in segments])
-    result = train_ae.compression([label for label, _ in segments], sums, torch.tensor([2.0]).double())
-    assert abs(result["sigma2"] - (8 + 8 + 12) / 8 / 4) < 1e-12  # over 8 values, divided by the squared std
-    # centroids: a 16 / 6, b 12; within a: 64 - 16^2 / 6, within b: 8
+    labels, std = [label for label, _ in segments], torch.tensor([2.0]).double()
+    sums = torch.stack([fid.power_sums(torch.tensor([values])) for _, values in segments])
+    result = fid.compression(labels, sums, std)
+    # Over 8 values, divided by the squared std
+    assert abs(result["sigma2"] - (8 + 8 + 12) / 8 / 4) < 1e-12
+    # Centroids: a 16 / 6, b 12; within a: 64 - 16^2 / 6, within b: 8
     within = (64 - 16**2 / 6 + 8) / 8
     assert abs(result["rho"] - (12 - 16 / 6) / within**0.5) < 1e-12
 
@@ -83,28 +77,30 @@ def test_compression_divides_each_channel_by_its_own_std():
     parts = [("x", slice(0, 20)), ("y", slice(20, 60))]
 
     def result(latents, std):
-        sums = torch.stack([train_ae.power_sums(latents[:, part]) for _, part in parts])
-        return train_ae.compression([label for label, _ in parts], sums, std)
+        sums = torch.stack([fid.power_sums(latents[:, part]) for _, part in parts])
+        return fid.compression([label for label, _ in parts], sums, std)
 
     a, b = result(z, scale**0), result(z * scale[:, None], scale)
     assert abs(a["sigma2"] - b["sigma2"]) < 1e-9 and abs(a["rho"] - b["rho"]) < 1e-9
 
 
 def test_ade20k_label_images_are_cropped_as_the_photograph(tmp_path):
-    labels = np.zeros((40, 80), np.uint8)  # wider than high: columns 20 to 59 remain
+    # Twice as wide as high: columns 20 to 59 remain
+    labels = np.zeros((40, 80), np.uint8)
     labels[:, :20], labels[:, 20:40], labels[10:, 40:60] = 9, 3, 7
     Image.fromarray(labels).save(tmp_path / "ADE_val_00000001.png")
     masks = train_ae.find_masks(str(tmp_path))
     assert list(masks) == ["ADE_val_00000001"]
     found = dict(train_ae.segments(masks["ADE_val_00000001"], 4))
-    assert found.keys() == {3, 7}  # 9 is cropped away, 0 is no label
+    # 9 is cropped away, and 0 is not a label
+    assert found.keys() == {3, 7}
     assert found[3].tolist() == [[True, True, False, False]] * 4
     assert found[7].tolist() == [[False] * 4] + [[False, False, True, True]] * 3
 
 
 def test_a_coloured_label_image_is_one_sentence(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    with pytest.raises(SystemExit, match="a.png is in colour"):
+    with pytest.raises(ae.UserError, match=r"a\.png is in colour"):
         list(train_ae.segments([(tmp_path / "a.png", "")], 4))
 
 
@@ -119,60 +115,57 @@ def test_celebamask_parts_belong_to_the_image_of_their_number(tmp_path):
     found = dict(train_ae.segments(masks["12"], 4))
     assert found["hair"].tolist() == [[True] * 4] + [[False] * 4] * 3
     assert np.argwhere(found["l_eye"]).tolist() == [[2, 1]]
-    assert [label for label, _ in train_ae.segments(masks["12"][:1], 4)] == [
-        "hair"
-    ]  # of an image of one part, too
+    # An image with a single part has a segment, too
+    assert [label for label, _ in train_ae.segments(masks["12"][:1], 4)] == ["hair"]
 
 
 # ---- the command ----
 
 
 def table(text):
+    """The rows of the Markdown table in a text, each as a dict."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
+def rows_of(out):
+    """The rows that --eval wrote into this folder."""
+    return json.loads((out / "eval.json").read_text())["rows"]
+
+
+def link_first_images(root, few, count):
+    """Make the folder `few`, with links to the first images of `root`."""
+    few.mkdir()
+    for path in sorted(root.iterdir())[:count]:
+        (few / path.name).symlink_to(path)
+
+
 def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys):
-    sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1}
-    vmae = ae.VMAE(**sizes, num_heads=12)
-    release = {key: value for key, value in vmae.state_dict().items() if key != "mask_token"}
-    for name in ("ours", "release", "diffusers"):
-        (tmp_path / name).mkdir()
-    torch.save({"model": release, "args": argparse.Namespace()}, tmp_path / "release" / "release.pth")
-    torch.save(ae.SDVAE(channels=(32, 32)).state_dict(), tmp_path / "diffusers" / "diffusers.pt")
-    torch.save(
-        {
-            "kind": "autoencoder",
-            "name": "vmae",
-            "config": {**sizes, "num_heads": 12},
-            "model": vmae.state_dict(),
-        },
-        tmp_path / "ours" / "ckpt.pt",
-    )
-    paths = [next((tmp_path / name).iterdir()) for name in ("ours", "release", "diffusers")]
-    run(
-        train_ae,
-        "--eval",
-        "--ckpt",
-        *paths,
-        "--data",
-        folder / "ants",
-        "--image_size",
-        32,
-        "--workers",
-        0,
-        "--out",
-        tmp_path / "eval",
-    )
+    out, names = tmp_path / "eval", ("ours", "release", "diffusers")
+    sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1, "num_heads": 12}
+    vmae = ae.VMAE(**sizes)
+    state = vmae.state_dict()
+    ours = {"kind": "autoencoder", "name": "vmae", "config": sizes, "model": state}
+    weights = {key: value for key, value in state.items() if key != "mask_token"}
+    release = {"model": weights, "args": argparse.Namespace()}
+    diffusers = ae.SDVAE(channels=(32, 32)).state_dict()
+    files = ("ours/ckpt.pt", "release/release.pth", "diffusers/diffusers.pt")
+    paths = [tmp_path / file for file in files]
+    for path, content in zip(paths, (ours, release, diffusers)):
+        path.parent.mkdir()
+        torch.save(content, path)
+    flags = ("--data", folder / "ants", "--out", out, "--image_size 32 --workers 0")
+    run(train_ae, "--eval --ckpt", *paths, *flags)
     text = capsys.readouterr().out
     rows = table(text)
-    assert [row["autoencoder"] for row in rows] == ["ours", "release", "diffusers"]
-    assert rows[0]["PSNR"] == rows[1]["PSNR"]  # the same weights
+    assert [row["autoencoder"] for row in rows] == list(names)
+    # These two hold the same weights
+    assert rows[0]["PSNR"] == rows[1]["PSNR"]
     assert rows[0]["LPIPS"] == rows[0]["rFID"] == "-"
     assert "LPIPS is not computed" in text and "vgg16-397923af.pth" in text
     assert "rFID is not computed" in text and "pt_inception-2015-12-05-6726825d.pth" in text
 
-    saved = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"][0]
+    saved = rows_of(out)[0]
     images = train_ae.Images(folder / "ants")
     crops = np.stack([np.asarray(train_ae.center_crop(images[i], 32)) for i in range(len(images))])
     x = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -181,47 +174,52 @@ def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys
     mse = ((ae.to_uint8(x_hat).astype(float) - crops) ** 2).mean((1, 2, 3))
     assert abs(saved["PSNR"] - (10 * np.log10(255**2 / mse)).mean()) < 1e-6
     assert abs(saved["L1"] - ((x_hat + 1) / 2 - (x + 1) / 2).abs().mean().item()) < 1e-6
-    for name in ("ours", "release", "diffusers"):
-        width, height = Image.open(tmp_path / "eval" / f"{name}.png").size
+    for name in names:
+        width, height = Image.open(out / f"{name}.png").size
         assert height // 66 == 10 and width // 66 == 1 + len(train_ae.EPS)
 
 
-def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(tmp_path, folder, capsys):
+def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(
+    tmp_path, folder, capsys
+):
+    few, out = tmp_path / "few", tmp_path / "eval"
     for name, size in (("ckpt", 48), ("other", 40)):
-        net = ae.AE(channels=(32, 32))
-        config = {"kind": "autoencoder", "name": "ae", "config": {"channels": [32, 32]}}
-        torch.save(
-            {**config, "args": {"image_size": size}, "model": net.state_dict()}, tmp_path / f"{name}.pt"
-        )
-    (tmp_path / "few").mkdir()
-    (tmp_path / "few" / "ckpt.pt").symlink_to(tmp_path / "ckpt.pt")
-    torch.save(net.state_dict(), tmp_path / "few.pt")  # as diffusers': no size is known
-    for path in sorted((folder / "cats").iterdir())[:3]:
-        (tmp_path / "few" / path.name).symlink_to(path)
+        channels = [32, 32, 32, 32]
+        net = ae.AE(channels)
+        ckpt = {"kind": "autoencoder", "name": "ae", "config": {"channels": channels}}
+        ckpt |= {"args": {"image_size": size}, "model": net.state_dict()}
+        torch.save(ckpt, tmp_path / f"{name}.pt")
+    link_first_images(folder / "cats", few, 3)
+    (few / "ckpt.pt").symlink_to(tmp_path / "ckpt.pt")
+    # A file like diffusers' does not say for which size it was trained
+    torch.save(net.state_dict(), tmp_path / "few.pt")
     files = [tmp_path / name for name in ("ckpt.pt", "other.pt", "few/ckpt.pt", "few.pt")]
-    flags = ("--eval", "--data", tmp_path / "few", "--workers", 0, "--out", tmp_path / "eval", "--ckpt")
-    run(train_ae, *flags, *files)
-    text = (tmp_path / "eval" / "eval.json").read_text()
+    flags = ("--data", few, "--out", out, "--workers 0")
+    run(train_ae, "--eval --ckpt", *files, *flags)
+    text = (out / "eval.json").read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     rows = record["rows"]
     assert [row["autoencoder"] for row in rows] == [tmp_path.name, "other", "few", "few-3"]
     assert [row["pixels"] for row in rows] == [48, 40, 48, 256]
     assert record["ckpt"] == list(map(str, files)) and rows[0]["rFID"] is None
     row, parameters = rows[3], sum(p.numel() for p in net.parameters())
-    assert row["parameters"] == parameters and row["MiB"] == parameters * 4 / 2**20 and row["images/s"] > 0
-    assert row["GFLOPs encode"] == train_ae.gflops(net, torch.zeros(1, 3, 256, 256), method="encode")
+    assert row["parameters"] == parameters and row["MiB"] == parameters * 4 / 2**20
+    assert row["images/s"] > 0
+    gflops = train_ae.gflops(net, torch.zeros(1, 3, 256, 256), method="encode")
+    assert row["GFLOPs encode"] == gflops
 
-    torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(1)}}, tmp_path / "dit.pt")
+    # A file that is not an autoencoder is found before the first one is judged
+    wrong = tmp_path / "dit.pt"
+    torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(1)}}, wrong)
     capsys.readouterr()
-    assert "dit.pt" in fails(train_ae, *flags, *files, tmp_path / "dit.pt")
-    assert "|" not in capsys.readouterr().out  # before the first is judged
+    assert "dit.pt" in fails(train_ae, "--eval --ckpt", *files, wrong, *flags)
+    assert "|" not in capsys.readouterr().out
 
 
 def test_smoothness_falls_with_eps_and_two_processes_say_the_same(tmp_path, tiny_vmae):
-    flags = ("--eval", "--ckpt", tiny_vmae)
-    run(train_ae, *flags, "--out", tmp_path / "one")
-    torchrun(2, "train_ae.py", *flags, "--out", tmp_path / "two")
-    one, two = (json.loads((tmp_path / out / "eval.json").read_text())["rows"][0] for out in ("one", "two"))
+    run(train_ae, "--eval --ckpt", tiny_vmae, "--out", tmp_path / "one")
+    torchrun(2, "train_ae.py", "--eval --ckpt", tiny_vmae, "--out", tmp_path / "two")
+    one, two = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
     smoothness = next(key for key in one if key.startswith("PSNR at eps"))
     values = [one["PSNR"], *one[smoothness]]
     assert values[0] > values[3] > values[4] > values[5]
@@ -235,57 +233,45 @@ def test_masks_give_sigma2_and_rho_also_on_two_processes(tmp_path, tiny_vmae, fo
     masks.mkdir()
     images = train_ae.Images(folder / "bees")
     for i, file in enumerate(images.files):
-        labels = np.random.RandomState(i).randint(0, 4, (images[i].height, images[i].width)).astype(np.uint8)
+        sides = images[i].height, images[i].width
+        labels = np.random.RandomState(i).randint(0, 4, sides).astype(np.uint8)
         Image.fromarray(labels).save(masks / f"{Path(file).stem}.png")
-    flags = ("--eval", "--ckpt", tiny_vmae, "--data", folder / "bees", "--workers", 0, "--masks", masks)
-    run(train_ae, *flags, "--out", tmp_path / "one", "--micro_batch", 8)
-    torchrun(2, "train_ae.py", *flags, "--out", tmp_path / "two", "--micro_batch", 8)
-    one, two = (json.loads((tmp_path / out / "eval.json").read_text())["rows"][0] for out in ("one", "two"))
+    start = ("--eval --ckpt", tiny_vmae, "--masks", masks)
+    flags = ("--data", folder / "bees", "--workers 0 --micro_batch 8")
+    run(train_ae, *start, "--out", tmp_path / "one", *flags)
+    torchrun(2, "train_ae.py", *start, "--out", tmp_path / "two", *flags)
+    one, two = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
     assert abs(one["sigma2"] - two["sigma2"]) < 1e-9 and abs(one["rho"] - two["rho"]) < 1e-9
-    assert 0.4 < one["sigma2"] < 1.1  # random labels hardly compress: the variance within is nearly all of it
-    assert "holds no" in fails(
-        train_ae, "--eval", "--ckpt", tiny_vmae, "--masks", masks, "--out", tmp_path / "x"
-    )
+    # Random labels hardly compress: nearly all of the variance is within them
+    assert 0.4 < one["sigma2"] < 1.1
+    assert "holds no" in fails(train_ae, *start, "--out", tmp_path / "x")
 
 
-def test_rfid_and_lpips_are_computed_where_their_weights_are(tmp_path, tiny_vmae, folder, monkeypatch):
+def test_rfid_and_lpips_are_computed_where_their_weights_are(
+    tmp_path, tiny_vmae, folder, monkeypatch
+):
+    few, out, weights = tmp_path / "few", tmp_path / "eval", tmp_path / "inception.pth"
     torch.manual_seed(0)
-    net = fid.InceptionV3()
-    torch.save(net.state_dict(), tmp_path / "inception.pth")
-    distance = lambda x_hat, x: (x_hat - x).abs().mean((1, 2, 3), keepdim=True)
+    torch.save(fid.InceptionV3().state_dict(), weights)
+
+    def distance(x_hat, x):
+        return (x_hat - x).abs().mean((1, 2, 3), keepdim=True)
+
     distance.to = lambda device: distance
     monkeypatch.setattr(ae, "lpips_vgg", lambda: distance)
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
-    (tmp_path / "few").mkdir()
-    for path in sorted((folder / "cats").iterdir())[:6]:
-        (tmp_path / "few" / path.name).symlink_to(path)
-    run(
-        train_ae,
-        "--eval",
-        "--ckpt",
-        tiny_vmae,
-        "--data",
-        tmp_path / "few",
-        "--workers",
-        0,
-        "--inception",
-        tmp_path / "inception.pth",
-        "--out",
-        tmp_path / "eval",
-    )
-    saved = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    link_first_images(folder / "cats", few, 6)
+    flags = ("--data", few, "--inception", weights, "--workers 0")
+    run(train_ae, "--eval --ckpt", tiny_vmae, "--out", out, *flags)
+    saved = json.loads((out / "eval.json").read_text())
     row = saved["rows"][0]
     assert saved["not computed"] == [] and abs(row["LPIPS"] - 2 * row["L1"]) < 1e-6
-    inception, model, images = (
-        fid.load_inception(tmp_path / "inception.pth", True),
-        ae.load(tiny_vmae),
-        train_ae.Images(tmp_path / "few"),
-    )
+    inception, model = fid.load_inception(weights, True), ae.load(tiny_vmae)
+    images = train_ae.Images(few)
     crops = np.stack([np.asarray(train_ae.center_crop(images[i], 32)) for i in range(6)])
+    x = torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        fakes = ae.to_uint8(
-            model.decode(model.encode(torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1).mode())
-        )
+        fakes = ae.to_uint8(model.decode(model.encode(x).mode()))
     pools = [inception(torch.from_numpy(a).permute(0, 3, 1, 2))[0].double() for a in (crops, fakes)]
     expected = fid.frechet_distance(*(x for p in pools for x in (p.mean(0), p.T.cov())))
     assert abs(row["rFID"] - expected) < 1e-4 * expected
@@ -299,50 +285,42 @@ def test_position_tables_are_interpolated_bilinearly():
     table = state["pos_embed"].clone()
     resized = ae.resize_positions(state, 8)["pos_embed"].view(8, 8, 48)
     square = table.view(4, 4, 48)
-    # with align_corners False the middle of four old positions is a quarter step away from the nearest
-    expected = 0.75 * (0.75 * square[1, 2] + 0.25 * square[1, 1]) + 0.25 * (
-        0.75 * square[2, 2] + 0.25 * square[2, 1]
-    )
-    torch.testing.assert_close(resized[3, 4], expected)
+    # With align_corners=False each new position is a quarter step away from the nearest old one
+    upper = 0.75 * square[1, 2] + 0.25 * square[1, 1]
+    lower = 0.75 * square[2, 2] + 0.25 * square[2, 1]
+    torch.testing.assert_close(resized[3, 4], 0.75 * upper + 0.25 * lower)
 
 
 def test_the_three_stages_keep_tables_encoder_and_mask_token(tmp_path, folder):
-    common = ("--data", folder, "--workers", 0, "--batch", 8, *TINY_VIT, "--lpips", 0, "--warmup", 0)
-    run(train_ae, *common, "--image_size", 32, "--steps", 3, "--out", tmp_path / "pretrain")
-    second = (*common, "--image_size", 64, "--steps", 3, "--init")
-    run(train_ae, *second, tmp_path / "pretrain" / "ckpt.pt", "--out", tmp_path / "larger")
-    tune = (
-        *second,
-        tmp_path / "larger" / "ckpt.pt",
-        "--lr",
-        1e-3,
-        "--tune_decoder",
-        "--out",
-        tmp_path / "tuned",
-    )
-    run(train_ae, *tune)
-    small, larger, tuned = (
-        torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("pretrain", "larger", "tuned")
-    )
+    pretrain, larger, tuned = (tmp_path / name for name in ("pretrain", "larger", "tuned"))
+    common = "--workers 0 --batch 8 --lpips 0 --warmup 0 --steps 3"
+    flags = ("--data", folder, TINY_VIT, common)
+    run(train_ae, "--out", pretrain, *flags, "--image_size 32")
+    flags = (*flags, "--image_size 64")
+    run(train_ae, "--init", pretrain / "ckpt.pt", "--out", larger, *flags)
+    tune = "--tune_decoder --lr 1e-3"
+    run(train_ae, "--init", larger / "ckpt.pt", "--out", tuned, *flags, tune)
+    last, loaded = log_of(tuned)[-1], ae.load(tuned / "ckpt.pt")
+    small, larger, tuned = (read(out / "ckpt.pt") for out in (pretrain, larger, tuned))
     tables = ae.resize_positions(dict(small["model"]), 8)
     fresh = ae.VMAE(image_size=64, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
     assert torch.equal(larger["model"]["pos_embed"], tables["pos_embed"])
-    assert not torch.allclose(larger["model"]["pos_embed"], fresh.pos_embed)  # kept, not computed anew
+    # The table was kept, and not computed anew
+    assert not torch.allclose(larger["model"]["pos_embed"], fresh.pos_embed)
     for key, value in tuned["model"].items():
         trained = key.startswith(("from_latent", "decoder")) and key != "decoder_pos_embed"
         assert torch.equal(value, larger["model"][key]) != trained, key
-    assert log_of(tmp_path / "tuned")[-1].keys() & {"recon", "visible", "masked", "kl"} == {"recon"}
+    assert last.keys() & {"recon", "visible", "masked", "kl"} == {"recon"}
     assert len(tuned["optimizer"]["state"]) < len(larger["optimizer"]["state"])
-    assert ae.load(tmp_path / "tuned" / "ckpt.pt").tune_decoder
+    assert loaded.tune_decoder
 
 
 def test_tuning_the_decoder_minimises_mse_plus_ten_lpips_of_the_posterior_mean():
     torch.manual_seed(0)
-    model = ae.VMAE(
-        image_size=32, hidden_size=48, depth=1, decoder_depth=1, tune_decoder=True, weights={"lpips": 10.0}
-    )
+    sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1}
+    model = ae.VMAE(**sizes, tune_decoder=True, weights={"lpips": 10.0})
     x = normal(0, 2, 3, 32, 32)
-    loss, terms, x_hat = model(x, perceptual=lambda a, b: (a - b).abs().mean())
+    loss, _, x_hat = model(x, perceptual=lambda a, b: (a - b).abs().mean())
     torch.testing.assert_close(x_hat, model.decode(model.encode(x).mean))
     torch.testing.assert_close(loss, (x_hat - x).square().mean() + 10 * (x_hat - x).abs().mean())
     loss.backward()
@@ -353,29 +331,14 @@ def test_tuning_the_decoder_minimises_mse_plus_ten_lpips_of_the_posterior_mean()
 @pytest.mark.parametrize(
     "flags, terms",
     [
-        (("--mask_ratio", 0, "--kl", 0, "--lpips", 0), {"visible", "kl"}),
-        (("--kl", 0, "--lpips", 0), {"visible", "masked", "kl"}),
-        (("--lpips", 0), {"visible", "masked", "kl"}),
+        ("--mask_ratio 0 --kl 0 --lpips 0", {"visible", "kl"}),
+        ("--kl 0 --lpips 0", {"visible", "masked", "kl"}),
+        ("--lpips 0", {"visible", "masked", "kl"}),
     ],
 )
 def test_the_ablation_s_rows_differ_in_flags(tmp_path, folder, flags, terms):
-    run(
-        train_ae,
-        "--data",
-        folder,
-        "--image_size",
-        32,
-        "--workers",
-        0,
-        "--batch",
-        8,
-        *TINY_VIT,
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "a",
-        *flags,
-    )
+    small = f"{TINY_VIT} --image_size 32 --workers 0 --batch 8 --steps 2"
+    run(train_ae, "--data", folder, "--out", tmp_path / "a", small, flags)
     line = log_of(tmp_path / "a")[-1]
     assert line.keys() & {"visible", "masked", "kl", "lpips"} == terms
     assert np.isfinite(line["visible"])
@@ -384,20 +347,19 @@ def test_the_ablation_s_rows_differ_in_flags(tmp_path, folder, flags, terms):
 
 
 def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae):
-    assert "--ckpt" in fails(train_ae, "--eval", "--out", tmp_path / "a")
-    assert "no checkpoint file" in fails(
-        train_ae, "--eval", "--ckpt", tmp_path / "none.pt", "--out", tmp_path / "b"
-    )
-    message = fails(train_ae, "--init", tiny_vmae, "--out", tmp_path / "c")
+    out, nothing = tmp_path / "out", tmp_path / "none.pt"
+    assert "--ckpt" in fails(train_ae, "--out", out, "--eval")
+    assert "no checkpoint file" in fails(train_ae, "--out", out, "--eval --ckpt", nothing)
+    message = fails(train_ae, "--out", out, "--init", tiny_vmae)
     assert "other sizes" in message and "'hidden_size': 32" in message
-    assert "other sizes" in fails(
-        train_ae, "--init", tiny_vmae, "--model", "ae", *TINY_CONV, "--out", tmp_path / "d"
-    )
-    assert "--init" in fails(train_ae, "--tune_decoder", "--out", tmp_path / "e")
+    message = fails(train_ae, "--out", out, "--init", tiny_vmae, "--model ae", TINY_CONV)
+    assert "other sizes" in message
+    assert "--init" in fails(train_ae, "--out", out, "--tune_decoder")
 
 
 def test_masks_without_a_label_are_one_sentence(tmp_path, tiny_vmae, folder):
     for file in train_ae.Images(folder / "bees").files:
         Image.new("L", (40, 40)).save(tmp_path / f"{Path(file).stem}.png")
-    flags = ("--data", folder / "bees", "--workers", 0, "--masks", tmp_path, "--out", tmp_path / "out")
-    assert "no label image" in fails(train_ae, "--eval", "--ckpt", tiny_vmae, *flags)
+    flags = ("--data", folder / "bees", "--masks", tmp_path, "--workers 0")
+    message = fails(train_ae, "--eval --ckpt", tiny_vmae, "--out", tmp_path / "out", *flags)
+    assert "no label image" in message
