@@ -116,7 +116,12 @@ class Autoencoder(nn.Module):
         if perceptual is not None:
             terms["lpips"] = perceptual(x_hat, x)
         weights = {"recon": 1.0, **self.weights}
-        loss = sum(weights[name] * term for name, term in terms.items())
+        loss = None
+        for name, term in terms.items():
+            # 0 + 1 * term would be the same number. But torch.compile would fold it into the term
+            # itself, and detaching the term would then detach the loss.
+            weighted = term if weights[name] == 1 else weights[name] * term
+            loss = weighted if loss is None else loss + weighted
         return loss, {name: term.detach() for name, term in terms.items()}, x_hat
 
 
@@ -737,8 +742,34 @@ def read_safetensors(path):
     return tensors
 
 
+class LPIPS(nn.Module):
+    """The last term of eq. 6: the sum over layers l of w_l |psi_l(x) - psi_l(x_hat)|^2.
+
+    net: the package's network. Images (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1), in float32: under
+    autocast only the features psi_l are computed in lower precision.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_hat, x):
+        features = [self.net.net(self.net.scaling_layer(images)) for images in (x_hat, x)]
+        distance = 0
+        with torch.autocast(x.device.type, enabled=False):
+            for psi_hat, psi, weight in zip(*features, self.net.lins, strict=True):
+                difference = normalize(psi_hat.float()) - normalize(psi.float())
+                distance = distance + weight(difference**2).mean((2, 3), keepdim=True)
+        return distance
+
+
+def normalize(psi):
+    """Features (B, C, h, w), scaled to length 1 at each position."""
+    return psi / (torch.linalg.vector_norm(psi, dim=1, keepdim=True) + 1e-10)
+
+
 def lpips_vgg():
-    """LPIPS v0.1 on VGG16, frozen, in eval mode: net(x_hat, x) -> (B, 1, 1, 1).
+    """LPIPS v0.1 on VGG16, frozen, in eval mode.
 
     VGG16's weights come from torch's hub cache or are downloaded. Raises MissingFile if that fails,
     UserError if the file is damaged.
@@ -766,7 +797,7 @@ def lpips_vgg():
         raise MissingFile(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}") from error
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {advice}") from error
-    return net.eval().requires_grad_(False)
+    return LPIPS(net).eval().requires_grad_(False)
 
 
 # ---- What all scripts share ----

@@ -455,10 +455,13 @@ def ssim(x, y, data_range=2.0):
     interval of their values, 2 for [-1, 1].
     """
     window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5**2))
-    window = torch.outer(window, window)[None, None] / window.sum() ** 2
+    window = window / window.sum()
     # float64, because the variances below are small differences of large numbers
     x, y = (images.double().flatten(0, 1)[:, None] for images in (x, y))  # (3B, 1, H, W)
-    mean_x, mean_y, xx, yy, xy = (F.conv2d(image, window) for image in (x, y, x * x, y * y, x * y))
+    images = torch.cat([x, y, x * x, y * y, x * y])
+    # The window is a product: rows, then columns, which takes a fifth of the time.
+    images = F.conv2d(F.conv2d(images, window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1))
+    mean_x, mean_y, xx, yy, xy = images.chunk(5)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)

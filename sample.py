@@ -27,6 +27,7 @@ import dit
 from ae import UserError, at_least, fraction
 
 SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]  # the ImageNet classes of the authors' release
+DECODED_AT_ONCE = 16  # images: a convolutional decoder takes 200 MiB for each
 SAMPLES_PER_PART = 256  # in a file of an unfinished samples.npz
 
 
@@ -260,8 +261,8 @@ class Source:
             batches, "drawing", unit="batch", leave=False, disable=hidden
         ):
             z = dit.sample(self.model, some_noise.to(device), some_y.to(device), **self.settings)
-            z = z * self.latent_std + self.latent_mean
-            images.append(ae.to_uint8(self.autoencoder.decode(z)))
+            for part in (z * self.latent_std + self.latent_mean).split(DECODED_AT_ONCE):
+                images.append(ae.to_uint8(self.autoencoder.decode(part)))
         return np.concatenate(images), y.numpy()
 
 

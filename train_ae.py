@@ -15,10 +15,12 @@ import copy
 import datetime
 import functools
 import glob
+import importlib.util
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -435,8 +437,12 @@ def compile_for_training(net, adversarial):
     parts = [net]
     if adversarial:
         parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
+    # DDP's own splitting of the graph has computed wrong gradients (PyTorch 2.4). Sizes never change
+    # in training; if they may, all levels of an SD-VAE share a graph of symbolic sizes, which 2.8
+    # fails to compile.
+    torch._dynamo.config.optimize_ddp = False
     for part in parts:
-        part.compile()
+        part.compile(dynamic=False)
 
 
 def training_flops(net, size, lpips=None, disc=None):
@@ -472,6 +478,8 @@ def preview_images(images, args, device):
 @torch.no_grad()
 def draw_reconstructions(net, x, run):
     """recon.png: originals, reconstructions; of a ViT also what training shows and predicts."""
+    # A copy is not compiled, so that the pictures' batch does not compile everything once more.
+    net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if net.masked:
         draws = net.randomness(len(x), net.image_size, generator(run.device, run.args.seed))
@@ -693,6 +701,18 @@ def gflops(module, *inputs, method="forward"):
         return count_flops(lambda: getattr(module, method)(*inputs)) / 1e9
 
 
+def missing_for_compile(device):
+    """What torch.compile needs on this device and does not find, or None."""
+    if device != "cpu" and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if device != "cpu":
+        compilers = [os.environ.get("CC"), "gcc", "clang", "cc", "cl"]
+    if not any(shutil.which(name) for name in compilers if name):
+        return "a C++ compiler" if device == "cpu" else "a C compiler"
+    return None
+
+
 class Run:
     """A training run: its processes, device and precision, its share of each global batch, its
     learning rate, its steps, log and checkpoints, and the signals that end it.
@@ -718,8 +738,15 @@ class Run:
 
         self.rank, self.world, self.device = join_processes(args)
         on_gpu = self.device != "cpu"
-        self.bfloat16 = on_gpu if args.dtype is None else args.dtype == "bfloat16"
+        # GPUs before Ampere have no bfloat16 products.
+        ampere = on_gpu and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        self.bfloat16 = ampere if args.dtype is None else args.dtype == "bfloat16"
         self.compiled = on_gpu if args.compile is None else bool(args.compile)
+        missing = missing_for_compile(self.device)
+        if self.compiled and missing:
+            self.compiled = False
+            if self.rank == 0:
+                warn(f"torch.compile needs {missing}, which is not here: training goes on without")
 
     def introduce(self, images, net, training_flops):
         """Print the settings in force, the data, the network and its cost."""
@@ -764,8 +791,7 @@ class Run:
             self.trim_log()
 
         self.ending = self.signalled = False
-        for number in SIGNALS:
-            signal.signal(number, self.on_signal)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
         self.start_clock()
 
     def on_signal(self, number, frame):
@@ -779,7 +805,11 @@ class Run:
         """Drop the log lines after the checkpoint: those steps are run again."""
         with open(self.log_path, "rb") as old, ae.whole_file(self.log_path) as new:
             for line in old:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= self.done:
+                try:
+                    kept = line.endswith(b"\n") and json.loads(line)["step"] <= self.done
+                except (ValueError, TypeError, KeyError):  # blank or broken
+                    kept = False
+                if kept:
                     new.write(line)
 
     # ---- What a step needs ----
@@ -917,20 +947,25 @@ class Run:
     def draw(self, function):
         """Call function, which draws the run's picture, unless a signal ends the run.
 
-        A disk that is full costs the picture, not the run.
+        A disk or a memory that is full costs the picture, not the run.
         """
         if self.rank > 0 or self.ending:
             return
         try:
             function()
-        except OSError as error:
+        except (OSError, torch.cuda.OutOfMemoryError) as error:
             warn(f"no picture of step {self.done}: {error}")
         self.start_clock()
 
     def finish(self, picture):
         """Close the process group and report where the run ended."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.world > 1:
             dist.barrier()  # nobody leaves while rank 0 is still saving
+            # If the group is destroyed while a thread of gloo's still needs the interpreter to
+            # finish the barrier, both wait for ever (seen with PyTorch 2.4 to 2.13).
+            time.sleep(0.1)
             dist.destroy_process_group()
         if self.rank > 0:
             return
@@ -957,7 +992,7 @@ class Images:
     """
 
     def __init__(self, folder=None, held_out=False):
-        self.digits = folder is None
+        self.folder, self.digits = folder, folder is None
         if self.digits:
             self.read_digits(held_out)
         else:

@@ -168,10 +168,11 @@ def train(args, ckpt):
 
     # Where posteriors come from: moments that a cache holds, or images that are encoded on the fly.
     dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
-    posterior_of = functools.partial(encode, autoencoder, run)
+    posterior_of = functools.partial(encode, autoencoder, args.micro_batch)
     if args.cache:
         cache = Cache(args.cache, images)
-        cache.fill(cache_source(args, images, autoencoder), posterior_of, dataset, run)
+        cache.claim(cache_source(images, autoencoder, args.image_size, run), run)
+        cache.fill(posterior_of, dataset, run)
         dataset = cache
         posterior_of = functools.partial(ae.Posterior, deterministic=autoencoder.deterministic)
     if ckpt:
@@ -201,7 +202,8 @@ def train(args, ckpt):
     run.begin(ckpt, model=net, ema=ema, optimizer=optimizer)
     del ckpt
     if run.compiled:
-        net.compile()
+        torch._dynamo.config.optimize_ddp = False  # as in train_ae.compile_for_training
+        net.compile(dynamic=False)
     model = net
     if run.world > 1:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -267,10 +269,15 @@ def update_ema(ema, net, rate):
 
 
 @torch.no_grad()
-def encode(autoencoder, run, x):
-    """Images (B, 3, S, S) -> the posterior of their latents."""
-    with run.autocast():
-        return autoencoder.encode(x)
+def encode(autoencoder, micro_batch, x):
+    """Images (B, 3, S, S) -> the posterior of their latents, micro_batch images at once.
+
+    In float32 (TF32 products on a GPU): bfloat16 would cost as much of the latents' std as the
+    posterior's own.
+    """
+    posteriors = [autoencoder.encode(part) for part in x.split(micro_batch)]
+    moments = torch.cat([torch.cat([p.mean, p.logvar], 1) for p in posteriors])
+    return ae.Posterior(moments, autoencoder.deterministic)
 
 
 def training_flops(net, latent_shape):
@@ -291,20 +298,19 @@ def draw_samples(ema, autoencoder, latent_mean, latent_std, class_names, run):
     args, columns = run.args, 8
     num_rows = min(10, ema.num_classes)
     classes = np.arange(num_rows) * ema.num_classes // num_rows
-    y = torch.tensor(classes, device=run.device).repeat_interleave(columns)
+    y = torch.tensor(classes).repeat_interleave(columns)
     noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed))
-    z = dit.sample(
-        ema,
-        noise.to(run.device),
-        y,
-        steps=args.sample_steps,
-        cfg_scale=args.cfg_scale,
-        cfg_channels=args.cfg_channels,
-        cfg_start=args.cfg_start,
-        shift=args.shift,
-    )
-    parts = (z * latent_std + latent_mean).split(columns)
-    images = np.concatenate([ae.to_uint8(autoencoder.decode(part)) for part in parts])
+    settings = {name: getattr(args, name) for name in dit.SAMPLING if name != "steps"}
+
+    images = []
+    # Guidance doubles the batch.
+    at_once = max(1, args.micro_batch // 2)
+    for some_noise, some_y in zip(noise.split(at_once), y.split(at_once), strict=True):
+        some_noise, some_y = some_noise.to(run.device), some_y.to(run.device)
+        z = dit.sample(ema, some_noise, some_y, steps=args.sample_steps, **settings)
+        for part in (z * latent_std + latent_mean).split(8):
+            images.append(ae.to_uint8(autoencoder.decode(part)))
+    images = np.concatenate(images)
     rows = images.reshape(num_rows, columns, *images.shape[1:])
     ae.save_grid(os.path.join(args.out, "samples.png"), rows, [class_names[c] for c in classes])
 
@@ -320,6 +326,7 @@ class Cache:
     """
 
     shard = 4096
+    most_open = 500  # files, of which a process may have few; ImageNet has 313 shards
     limit = 0  # unreadable images were replaced when the cache was written
 
     def __init__(self, folder, images):
@@ -332,6 +339,8 @@ class Cache:
     def array(self, kind, k):
         path = self.path(kind, k)
         if path not in self.opened:
+            if len(self.opened) >= self.most_open:
+                del self.opened[next(iter(self.opened))]
             self.opened[path] = np.load(path, mmap_mode="r" if kind == "moments" else None)
         return self.opened[path]
 
@@ -344,14 +353,13 @@ class Cache:
             labels.append(int(self.array("labels", k)[row]))
         return torch.from_numpy(np.stack(moments)), torch.tensor(labels), []
 
-    def fill(self, source, posterior_of, dataset, run):
+    def fill(self, posterior_of, dataset, run):
         """Write the shards that are missing; the processes take turns.
 
-        source: what the cache is made from, a dict of plain values. posterior_of: images -> their
-        posteriors. Raises UserError for a folder made from another source.
+        posterior_of: images -> their posteriors. Raises UserError for moments beyond 16 bits.
         """
-        self.claim(source, run)
         n = len(self.images)
+        size = run.args.micro_batch
         missing = [
             k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))
         ][run.rank :: run.world]
@@ -359,9 +367,9 @@ class Cache:
             dist.barrier()  # all have looked
         shards = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
         keys = [
-            [(index, 0, False) for index in shard[j : j + 64]]
+            [(index, 0, False) for index in shard[j : j + size]]
             for shard in shards.values()
-            for j in range(0, len(shard), 64)
+            for j in range(0, len(shard), size)
         ]
         batches = load_batches(dataset, keys, run.args.workers, run.device)
         for written, (k, shard) in enumerate(shards.items(), 1):
@@ -370,7 +378,13 @@ class Cache:
                 x, y = next(batches)
                 pair = [posterior_of(x), posterior_of(x.flip(-1))]
                 pair = [torch.cat([p.mean, p.logvar], 1) for p in pair]
-                moments.append(torch.stack(pair, 1).half().cpu().numpy())
+                pair = torch.stack(pair, 1).half()
+                if not pair.isfinite().all():
+                    raise UserError(
+                        "a latent is not finite, or beyond the 65,504 that 16 bits can hold: train "
+                        "without --cache"
+                    )
+                moments.append(pair.cpu().numpy())
                 labels.append(y.cpu().numpy())
             # The moments come last: where they are, the shard is complete.
             for kind, parts in (("labels", labels), ("moments", moments)):
@@ -381,9 +395,18 @@ class Cache:
             dist.barrier()
 
     def claim(self, source, run):
-        """Make the folder, or check that it was made from the same source."""
+        """Make the folder, or check that it was made from the same source; rank 0 does.
+
+        source: a dict of plain values. Raises UserError for a folder made from another source.
+        """
+        if run.rank == 0:
+            self.claim_by_rank_0(source)
+        if run.world > 1:
+            dist.barrier()
+
+    def claim_by_rank_0(self, source):
         path = os.path.join(self.folder, "source.json")
-        if run.rank == 0 and not os.path.exists(path):
+        if not os.path.exists(path):
             if os.path.isfile(self.folder) or (
                 os.path.exists(self.folder) and set(os.listdir(self.folder)) - {"source.json.tmp"}
             ):
@@ -393,29 +416,38 @@ class Cache:
             ae.make_folder(self.folder)
             with ae.whole_file(path) as file:
                 file.write(json.dumps(source, indent=1).encode())
-        if run.world > 1:
-            dist.barrier()
         with open(path) as file:
             found = json.load(file)
         for name, value in source.items():
             if found.get(name) != value:
                 raise UserError(
-                    f"--cache {self.folder} was made with another {name}, {found.get(name)} and not "
-                    f"{value}: choose another folder"
+                    f"--cache {self.folder} is of other latents, its {name} is {found.get(name)} and "
+                    f"not {value}: choose another folder"
                 )
 
 
-def cache_source(args, images, autoencoder):
-    """What makes a cache valid: the autoencoder's weights, the files, the size."""
+def cache_source(images, autoencoder, image_size, run):
+    """What makes a cache valid: the autoencoder's weights, the files, the size, the precision.
+
+    The files by path within the folder, size and time of modification. Only rank 0 asks for it.
+    """
+    if run.rank > 0:
+        return None
     weights = hashlib.sha256()
     for name, tensor in sorted(autoencoder.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().numpy().tobytes())
-    listing = "digits" if images.digits else "\n".join(images.files)
+    listing = ["digits"]
+    if not images.digits:
+        listing = []
+        for file in images.files:
+            status = os.stat(file)
+            name = os.path.relpath(file, images.folder)
+            listing.append(f"{name} {status.st_size} {status.st_mtime_ns}")
     return {
         "autoencoder": weights.hexdigest()[:16],
-        "folder": args.data and os.path.realpath(args.data),
-        "files": hashlib.sha256(os.fsencode(listing)).hexdigest()[:16],
-        "image_size": args.image_size,
+        "images": hashlib.sha256(os.fsencode("\n".join(listing))).hexdigest()[:16],
+        "image_size": image_size,
+        "precision": "float32" if run.device == "cpu" else "TF32",
     }
 
 

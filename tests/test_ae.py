@@ -286,6 +286,11 @@ def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval
     distance = ours(x, y)
     assert distance.min() > 0 and torch.equal(ours(x, x), torch.zeros(2, 1, 1, 1))
     torch.testing.assert_close(distance, theirs(x, y).detach())
+    # Under autocast the features are rounded, but not their mean
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = ours(x, y)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, rounded.bfloat16().float())
+    torch.testing.assert_close(rounded, distance, rtol=0.02, atol=0)
 
 
 def test_lpips_offline_says_which_file_to_put_where(hub, offline):

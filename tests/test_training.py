@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import (
     TINY_VIT,
     difference,
     fails,
+    launch,
     log_of,
     normal,
     read,
@@ -123,13 +125,13 @@ def test_a_resumed_dit_ends_in_the_same_bits_whatever_was_logged_after_the_check
     assert [line["loss"] for line in log_of(whole)] == [line["loss"] for line in log_of(cut)]
 
 
-def test_a_run_moved_elsewhere_resumes_there_and_a_torn_log_line_is_dropped(tmp_path):
+def test_a_run_moved_elsewhere_resumes_there_and_broken_log_lines_are_dropped(tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved"
     run(train_ae, "--out", first, TINY_VIT, SMALL, "--steps 4")
     before = (first / "ckpt.pt").read_bytes()
     shutil.copytree(first, moved)
     with open(moved / "log.jsonl", "a") as file:
-        file.write('{"step": 5, "vis')
+        file.write('\n{"loss": 1}\n7\n{"step": 5, "vis')
     run(train_ae, "--out", moved, "--resume --steps 6")
     assert (first / "ckpt.pt").read_bytes() == before
     assert [line["step"] for line in log_of(moved)] == [1, 2, 3, 4, 5, 6]
@@ -276,14 +278,60 @@ def test_training_in_bfloat16_learns_as_in_float32(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["vmae", "sdvae"])
-def test_compiled_training_is_eager_training(tmp_path, model):
+@pytest.mark.parametrize("model", [*ae.MODELS, "tune"])
+def test_compiled_training_is_eager_training(tmp_path, model, tiny_vmae):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    flags = f"{tiny(model)} {SMALL} --steps 6 --seed 1"
-    run(train_ae, "--out", eager, flags)
-    run(train_ae, "--out", compiled, flags, "--compile 1")
+    flags = (f"{tiny(model)} {SMALL} --steps 6 --seed 1",)
+    if model == "tune":
+        flags = (f"{tiny('vmae')} {SMALL} --steps 6 --lr 1e-3 --tune_decoder --init", tiny_vmae)
+    run(train_ae, "--out", eager, *flags)
+    run(train_ae, "--out", compiled, *flags, "--compile 1")
     assert difference(eager, compiled) < 1e-4
-    assert difference(eager, eager) == 0
+
+
+@pytest.mark.slow
+def test_compiled_training_in_two_processes_is_eager_training(tmp_path):
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    flags = f"{TINY_VIT} {SMALL} --steps 6"
+    torchrun(2, "train_ae.py", "--out", eager, flags)
+    torchrun(2, "train_ae.py", "--out", compiled, flags, "--compile 1")
+    assert difference(eager, compiled) < 1e-4
+
+
+def test_without_a_compiler_training_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_ae.shutil, "which", lambda name: None)
+    run(train_ae, "--out", tmp_path, TINY_VIT, SMALL, "--steps 1 --compile 1")
+    output = capsys.readouterr()
+    assert output.err.count("torch.compile needs a C++ compiler") == 1
+    assert "compiled" not in output.out and "wrote" in output.out
+
+
+@pytest.mark.parametrize(
+    "capability, triton, bfloat16, compiled",
+    [((9, 0), True, True, True), ((7, 5), True, False, True), ((8, 0), False, True, False)],
+)
+def test_a_gpu_s_defaults_are_what_it_can_do(
+    tmp_path, monkeypatch, capability, triton, bfloat16, compiled
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(train_ae.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(train_ae.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sys, "argv", ["train_ae.py", "--out", str(tmp_path / "out")])
+    args, _ = train_ae.parse_args()
+    training = train_ae.Run(args)
+    assert training.device == "cuda:0"
+    assert (training.bfloat16, training.compiled) == (bfloat16, compiled)
+
+
+def test_a_mistake_under_torchrun_is_said_once_and_leaves_nothing_behind(tmp_path):
+    out = tmp_path / "out"
+    command, env = launch(3, "train_ae.py", "--out", out, TINY_VIT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not out.exists()
+    assert done.stderr.count("--batch 64 does not divide over 3 processes") == 1
 
 
 @pytest.mark.slow
@@ -364,10 +412,36 @@ def test_the_cache_holds_the_moments_of_each_image_and_its_flip(
     state["model"]["norm.bias"] += 1
     torch.save(state, other)
     message = fails(train_dit, "--out", tmp_path / "c", *flags, "--ae", other)
-    assert "another autoencoder" in message
-    shutil.copytree(folder, tmp_path / "elsewhere")
-    message = fails(train_dit, "--out", tmp_path / "d", *flags, "--data", tmp_path / "elsewhere")
-    assert "another folder" in message
+    assert "its autoencoder is" in message
+
+    # The same images elsewhere are the same images, but not once one of them has changed
+    moved = tmp_path / "elsewhere" / "."
+    shutil.copytree(folder, moved)
+    run(train_dit, "--out", tmp_path / "d", *flags, "--data", moved)
+    Image.new("RGB", (40, 40)).save(moved / "ants" / "001.png")
+    message = fails(train_dit, "--out", tmp_path / "e", *flags, "--data", moved)
+    assert "its images is" in message
+
+
+def test_a_latent_beyond_16_bits_is_a_sentence(tmp_path, tiny_vmae):
+    state = read(tiny_vmae)
+    state["model"]["to_latent.weight"] *= 1e6
+    torch.save(state, tmp_path / "huge.pt")
+    flags = ("--ae", tmp_path / "huge.pt", "--cache", tmp_path / "cache", SMALL)
+    assert "65,504" in fails(train_dit, "--out", tmp_path / "a", *flags)
+
+
+def test_the_cache_keeps_a_bounded_number_of_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dit.Cache, "shard", 1)
+    monkeypatch.setattr(train_dit.Cache, "most_open", 3)
+    cache = train_dit.Cache(tmp_path, train_ae.Images(None))
+    for k in range(6):
+        np.save(cache.path("moments", k), np.full((1, 2, 2, 1, 1), k, np.float16))
+        np.save(cache.path("labels", k), np.full(1, k))
+    for k in (0, 5, 2, 3, 0, 4):
+        moments, labels, _ = cache[[(k, 0, False)]]
+        assert moments.unique().item() == labels.item() == k
+        assert len(cache.opened) <= 3
 
 
 def test_the_cache_of_digits_has_no_flips(tmp_path, tiny_vmae):
