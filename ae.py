@@ -79,7 +79,8 @@ def kl_unit(logvar, prior_std=1.0, dim=-1):
 class Autoencoder(nn.Module):
     """What the six have in common.
 
-    A class says with `deterministic` whether its latent is the posterior's mean, with `masked`
+    A class says with `deterministic` whether its latent is the posterior's mean (as it also is with
+    a KL weight of 0), with `masked`
     whether it is a ViT that is trained on visible patches (and takes images of `image_size` pixels
     only), and with `weights` the lambda of each term of its objective. Each instance has
     `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a latent position;
@@ -95,6 +96,8 @@ class Autoencoder(nn.Module):
         self.latent_dim, self.patch_size, self.image_size = latent_dim, patch_size, image_size
         # Weights that are not given keep the class's values.
         self.weights = self.weights | dict(weights)
+        if self.weights.get("kl") == 0:
+            self.deterministic = True  # nothing would hold the variance
 
     def latent_shape(self, height, width):
         """(C, h, w) of the latents of images of this size; raises UserError if it does not fit."""
@@ -118,8 +121,8 @@ class Autoencoder(nn.Module):
         weights = {"recon": 1.0, **self.weights}
         loss = None
         for name, term in terms.items():
-            # 0 + 1 * term would be the same number. But torch.compile would fold it into the term
-            # itself, and detaching the term would then detach the loss.
+            # Not 0 + 1 * term: torch.compile folds that into the term itself, and detaching the term
+            # below would then detach the loss.
             weighted = term if weights[name] == 1 else weights[name] * term
             loss = weighted if loss is None else loss + weighted
         return loss, {name: term.detach() for name, term in terms.items()}, x_hat
@@ -228,10 +231,14 @@ class VAE(AE):
 class SDVAE(VAE):
     """Stable Diffusion's VAE, eq. 6 without its third term.
 
-    The third term needs a second player: train_ae.py adds it with `adversarial_losses`.
+    The third term needs a second player: train_ae.py adds it with `adversarial_losses`. The
+    likelihood is VQGAN's, a Laplace one: recon="l1".
     """
 
     weights = {"kl": 5e-9, "lpips": 1.0}
+
+    def __init__(self, *args, recon="l1", **kwargs):
+        super().__init__(*args, recon=recon, **kwargs)
 
 
 class Discriminator(nn.Sequential):
@@ -485,8 +492,7 @@ class MAE(Autoencoder):
         """Latents (B, keep, C) of the patches that ids_shuffle (B, L) puts first -> images."""
         tokens = self.decoder_embed(self.from_latent(z))
 
-        # Mask tokens join after the latent; then each token goes to its place, and only there
-        # learns its position.
+        # Append mask tokens, which have no latent; restore the image's order; add positions.
         num_masked = ids_shuffle.shape[1] - z.shape[1]
         mask_tokens = self.mask_token.to(tokens.dtype).expand(len(z), num_masked, -1)
         tokens = torch.cat([tokens, mask_tokens], 1)  # (B, L, D)
@@ -567,9 +573,7 @@ class VMAE(MAE):
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         if self.tune_decoder:
-            with torch.no_grad():
-                z = self.encode(x).mode()
-            x_hat = self.decode(z)
+            x_hat = self.decode(self.encode(x).mode())
             return self.objective({"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
 
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
@@ -637,7 +641,7 @@ def from_checkpoint(ckpt, path="the checkpoint"):
             name, config = ckpt["name"], ckpt["config"]
         elif "from_latent.weight" in state:
             name, config = "vmae", config_of_release(state)
-            # The files for generation lack it. Zeros will do: without a mask nothing uses it.
+            # The release's files for generation have no mask token. Without a mask, nothing uses it.
             state.setdefault("mask_token", torch.zeros(1, 1, config["hidden_size"]))
         elif "encoder.conv_in.weight" in state:
             name, config = "sdvae", config_of_diffusers(state)

@@ -141,7 +141,7 @@ class DiT(nn.Module):
     """The velocity of latents x (B, C, H, W) at time t (B,) for the classes y (B,).
 
     Class num_classes is the null class of classifier-free guidance. It exists only if labels are
-    dropped in training, which those of a single class never are.
+    dropped in training; with a single class they never are.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder["proj"].weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder["proj"].bias)
 
-        # Small labels and times.
+        # Small embeddings of labels and times.
         nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)

@@ -3,7 +3,7 @@
     python sample.py                                             the demo's digits, a row per class
     python sample.py --ckpt out/dit/ckpt.pt --labels 130 88      a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
-    python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  of others
+    python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  others' files
 
 Sample i depends on --seed and i alone, not on the number of processes or the batch. (The -- keeps
 torchrun from taking --num for an abbreviation of a flag of its own.)
@@ -100,13 +100,13 @@ def parse_labels(words, num_classes):
 def draw_grid(source, args, out, labels):
     """samples.png: a row per class, or eight rows of the only class."""
     num_classes = len(source.class_names)
-    if labels is None:
-        count = min(num_classes, 10)
-        labels = [i * num_classes // count for i in range(count)]  # spread over all
-        if num_classes == 1000:
-            labels = SHOWCASE
     if num_classes == 1:
         labels = [0] * 8
+    elif labels is None and num_classes == 1000:
+        labels = SHOWCASE
+    elif labels is None:
+        count = min(num_classes, 10)
+        labels = [i * num_classes // count for i in range(count)]  # spread over all
     labels_of_samples = np.repeat(labels, args.columns)
     indices = range(len(labels_of_samples))
     images, _ = source.draw(indices, args.seed, args.batch, labels=labels_of_samples)
@@ -148,9 +148,9 @@ def write_npz(source, args, out, labels):
 
     title = f"rank 0 of {world}, {SAMPLES_PER_PART} samples per part"
     for part in tqdm(missing[rank::world], title, unit="part", disable=rank > 0):
-        images, labels = source.draw(parts[part], args.seed, args.batch, classes=classes)
+        images, y = source.draw(parts[part], args.seed, args.batch, classes=classes)
         with ae.whole_file(part) as file:
-            np.savez(file, images=images, labels=labels)
+            np.savez(file, images=images, labels=y)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

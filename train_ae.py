@@ -43,7 +43,7 @@ from ae import UserError, at_least, fraction
 # ---- Recipes: what each autoencoder is trained with ----
 #
 # [S] supplement  [R] the authors' release  [V] VQGAN and latent diffusion  [O] our choice
-# The weights of the loss terms stand with the objectives, in the classes of ae.py.
+# The weights of the loss terms are the `weights` of the classes in ae.py, unless set here.
 
 # Settings of the run, whatever the model. COMMON are those of both training scripts.
 COMMON = dict(
@@ -57,7 +57,7 @@ COMMON = dict(
     log_every=50,  # [O]
     steps=None,
     lr=None,
-    grad_clip=math.inf,  # [S] none
+    grad_clip=math.inf,  # [S] no clipping
 )
 RUN = COMMON | dict(
     model="vmae",
@@ -98,7 +98,8 @@ VIT = RUN | dict(
     betas=[0.9, 0.95],  # [R]
     weight_decay=0.05,  # [R]
 )
-SDVAE = dict(
+ADVERSARIAL = dict(
+    recon="l1",  # [V] a Laplace likelihood in eq. 6
     batch=256,  # [S]
     micro_batch=8,  # [O]
     betas=[0.5, 0.9],  # [V]
@@ -111,7 +112,7 @@ PAPER = {
     "ae": CONV | ae.AE.weights,
     "dae": CONV | ae.DAE.weights | dict(noise_std=0.1),  # [O] std of the corruption, eq. 4
     "vae": CONV | ae.VAE.weights,
-    "sdvae": CONV | ae.SDVAE.weights | SDVAE,
+    "sdvae": CONV | ae.SDVAE.weights | ADVERSARIAL,
     "mae": VIT | ae.MAE.weights,
     "vmae": VIT
     | ae.VMAE.weights
@@ -123,6 +124,7 @@ PAPER = {
 # VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction.
 PAPER["tune"] = VIT | dict(
     tune_decoder=True,
+    freeze_encoder=1,  # [O] the release's comment says so, its script trains the encoder too
     image_size=256,  # [R]
     lpips=10.0,  # [R]
     epochs=10,  # [R]
@@ -170,7 +172,8 @@ DEMO = {
 }
 DEMO["sdvae"] |= dict(disc_start=301)
 
-# Settings that are arguments of the classes in ae.py.
+# Settings that are arguments of the classes in ae.py; a name that is missing here never reaches its
+# class.
 ARGUMENTS = (
     *("image_size", "channels", "latent_dim", "recon", "noise_std"),
     *("patch_size", "hidden_size", "depth", "decoder_depth", "num_heads"),
@@ -194,7 +197,7 @@ EVAL = dict(
 
 
 def recipe_of(flags):
-    """The settings in force with these flags, and whose they are, in words."""
+    """(recipe, the flags that select it, for messages): the settings that the flags can override."""
     if "eval" in flags:
         return EVAL if "data" in flags else EVAL | dict(workers=0), "--eval"
     recipes = PAPER if "data" in flags else DEMO
@@ -228,6 +231,7 @@ def parse_args():
 
     add = parser.add_argument_group("objective").add_argument
     add("--tune_decoder", action="store_true", help="VMAE's last stage, from --init")
+    add("--freeze_encoder", **SWITCH, help="in that stage: 0 trains the encoder too")
     add("--mask_ratio", type=fraction, help="share of the tokens that are masked")
     add("--recon", choices=("mse", "l1"), help="reconstruction term: eq. 3's or VQGAN's")
     add("--noise_std", type=at_least(0.0), help="std of the corruption, eq. 4")
@@ -246,7 +250,7 @@ def parse_args():
     add("--warmup", type=at_least(0.0), help="epochs in which the learning rate rises from 0")
     add("--schedule", choices=("cosine", "constant"), help="of the learning rate after that")
     add("--batch", type=at_least(1), help="images per optimiser step, over all processes")
-    add("--micro_batch", type=at_least(1), help="images per process at once, at most")
+    add("--micro_batch", type=at_least(1), help="images per process at once")
     add("--base_lr", type=at_least(0.0), help="learning rate at batch 256")
     add("--lr", type=at_least(0.0), help="learning rate (default: from base_lr, batch)")
     add("--betas", type=fraction, nargs=2, help="AdamW")
@@ -278,7 +282,7 @@ def main():
 
 def train(args, ckpt):
     """Train an autoencoder, from the start or from the checkpoint ckpt."""
-    # The images, and how long to train on them.
+    # The images, how long to train on them, and at which rate.
     images = Images(args.data)
     args.steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     args.lr = args.base_lr * args.batch / 256 if args.lr is None else args.lr
@@ -306,8 +310,12 @@ def train(args, ckpt):
         def perceptual(x_hat, x):
             return lpips(x_hat, x).mean()
 
+    disc = ae.Discriminator().to(run.device) if adversarial else None
+    if run.rank == 0:
+        run.introduce(images, net, training_flops(net, args.image_size, lpips, disc))
+        shown = Images(held_out=True) if images.digits else images
+        preview = preview_images(shown, args, run.device)
     if adversarial:
-        disc = ae.Discriminator().to(run.device)
         if run.world > 1 and run.device != "cpu":
             disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_optimizer = torch.optim.AdamW(
@@ -315,12 +323,6 @@ def train(args, ckpt):
         )
         parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
 
-    if run.rank == 0:
-        flops = training_flops(net, args.image_size, lpips, disc if adversarial else None)
-        run.introduce(images, net, flops)
-        preview = preview_images(
-            Images(held_out=True) if images.digits else images, args, run.device
-        )
     run.begin(ckpt, **parts)
     if run.compiled:
         compile_for_training(net, adversarial)
@@ -328,17 +330,19 @@ def train(args, ckpt):
     if run.world > 1:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    # Digits are shown as they are, photographs are augmented.
-    transform = functools.partial(augment, args.image_size, args.seed)
+    # Digits are only cropped; photographs get a random crop and a flip.
     if images.digits:
         transform = functools.partial(crop_and_flip, args.image_size, False)
+    else:
+        transform = functools.partial(augment, args.image_size, args.seed)
     order = training_order(args, len(images), run.slices, run.done)
     batches = load_batches(Batches(images, transform), order, args.workers, run.device)
     warmup_steps = args.warmup * len(images) / args.batch
 
     for step in range(run.done, args.steps):
         # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
-        # processes or smaller micro-batches change the speed, not the run.
+        # processes or smaller micro-batches change the speed, not the run. (Of an SD-VAE they do: D's
+        # batch norm and the adaptive weight see a micro-batch.)
         draws = net.randomness(args.batch, args.image_size, run.generator(step))
         with_disc = adversarial and step + 1 >= args.disc_start
         totals = {}
@@ -353,10 +357,10 @@ def train(args, ckpt):
                 loss, terms, x_hat = model(x, perceptual=perceptual, **draw)
                 if with_disc:  # the third term of eq. 6
                     last_layer = net.decoder.conv_out.weight
-                    adv, loss_d, adv_terms = ae.adversarial_losses(
+                    adv_loss, loss_d, adv_terms = ae.adversarial_losses(
                         disc, x, x_hat, loss, last_layer, args.disc_weight, args.disc_loss
                     )
-                    loss = loss + adv
+                    loss = loss + adv_loss
                     terms |= adv_terms
 
             (loss / len(run.slices)).backward()
@@ -387,21 +391,25 @@ def build(args, start_from=None):
     if the flags or the checkpoint do not fit.
     """
     model = ae.MODELS[args.model]
+    start = ae.load(start_from) if start_from else None
     config = {name: getattr(args, name) for name in ARGUMENTS if name in args}
     config["weights"] = {name: getattr(args, name) for name in model.weights if name in args}
+    if start and args.model == "vmae" and args.tune_decoder:
+        # The KL is no term of this stage, but its weight says whether the latent is the mean.
+        config["weights"]["kl"] = start.weights.get("kl", 0.0)
     net = model(**config)
     net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
 
     if args.model == "vmae" and args.tune_decoder:
         if not args.init:
             raise UserError("--tune_decoder is VMAE's last stage: it needs --init CKPT")
-        # Only what comes after the latent is trained; not the mask token, nothing is masked.
-        net.requires_grad_(False)
-        for name, module in net.named_children():
-            module.requires_grad_(name == "from_latent" or name.startswith("decoder"))
+        net.mask_token.requires_grad_(False)  # nothing is masked
+        if args.freeze_encoder:
+            net.requires_grad_(False)
+            for name, module in net.named_children():
+                module.requires_grad_(name == "from_latent" or name.startswith("decoder"))
 
-    if start_from:
-        start = ae.load(start_from)
+    if start:
         state = start.state_dict()
         if start.masked and net.masked:
             state = ae.resize_positions(state, net.grid)
@@ -477,11 +485,12 @@ def preview_images(images, args, device):
 
 @torch.no_grad()
 def draw_reconstructions(net, x, run):
-    """recon.png: originals, reconstructions; of a ViT also what training shows and predicts."""
+    """recon.png: originals, reconstructions; with masking also what the encoder sees in training and
+    what the decoder makes of it."""
     # A copy is not compiled, so that the pictures' batch does not compile everything once more.
     net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
-    if net.masked:
+    if "mask_ratio" in run.args:
         draws = net.randomness(len(x), net.image_size, generator(run.device, run.args.seed))
         prediction, _, mask = net.masked_pass(x, **draws)
         mask = mask.view(-1, 1, net.grid, net.grid)
@@ -585,7 +594,8 @@ def settle(parser, recipe_of, kind):
     flags = vars(parser.parse_args())
     recipe, owner = recipe_of(flags)
     args = recipe | flags
-    args["out"] = args["out"].format(model=args.get("model"))
+    if "out" not in flags:
+        args["out"] = args["out"].format(model=args.get("model"))
     path, ckpt, allowed = os.path.join(args["out"], "ckpt.pt"), None, recipe.keys()
 
     if args.get("resume"):
@@ -608,7 +618,10 @@ def settle(parser, recipe_of, kind):
                 raise UserError(
                     f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again"
                 )
-        args |= {**saved, **flags, **paths}
+        # What the checkpoint does not hold, such as --device, comes from the recipe of its model.
+        selects = {k: saved[k] for k in ("model", "data", "tune_decoder") if saved.get(k)}
+        recipe, owner = recipe_of(selects | flags)
+        args = recipe | saved | flags | paths
         allowed = saved.keys() | FREE_ON_RESUME
     elif "eval" not in args and (os.path.exists(path) or os.path.exists(previous(path))):
         raise UserError(f"{path} exists: go on with --resume, or choose another --out")
@@ -974,7 +987,9 @@ class Run:
         if self.ending:
             launch = "python"
             if self.world > 1:
-                launch = f"torchrun --nproc_per_node={self.world} --"
+                launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} --"
+                if os.environ["LOCAL_WORLD_SIZE"] != str(self.world):
+                    launch = "on each machine, with torchrun's flags as before: torchrun ... --"
             command = shlex.join(sys.argv if self.args.resume else [*sys.argv, "--resume"])
             print(f"stopped by a signal after step {self.done}; to go on:\n{launch} {command}")
         else:

@@ -36,8 +36,10 @@ from train_ae import (
     generator,
     load_batches,
     new_parser,
+    rank_and_world,
     settle,
     training_order,
+    warn,
 )
 
 # ---- Recipes ----
@@ -61,6 +63,7 @@ PAPER = COMMON | dict(
     schedule="constant",  # [S]
     betas=[0.9, 0.95],  # [R] AdamW
     ema=0.9999,  # [R] decay of the average of the weights
+    ema_warmup=0,  # [R] 1: a smaller decay at first, (1 + step) / (10 + step)
     sample_steps=dit.SAMPLING["steps"],
     cfg_scale=dit.SAMPLING["cfg_scale"],
     cfg_channels=dit.SAMPLING["cfg_channels"],
@@ -82,6 +85,7 @@ DEMO = PAPER | dict(
     batch=32,
     lr=3e-3,
     schedule="cosine",
+    ema_warmup=1,  # the run is too short for a constant decay
     sample_steps=100,
     cfg_scale=1.3,
     cfg_channels=16,
@@ -124,6 +128,7 @@ def parse_args():
     add("--betas", type=fraction, nargs=2, help="AdamW")
     add("--grad_clip", type=at_least(1e-9), help="largest norm of the gradients")
     add("--ema", type=fraction, help="decay of the average of the weights")
+    add("--ema_warmup", **SWITCH, help="1: a smaller decay at first")
 
     add = parser.add_argument_group("sampling: samples.png and sample.py's defaults").add_argument
     add("--sample_steps", type=at_least(1), help="Euler steps")
@@ -162,6 +167,11 @@ def train(args, ckpt):
     autoencoder = ae.from_checkpoint(ckpt["ae"]) if ckpt else ae.load(args.ae)
     if not ckpt and "image_size" not in args.given:
         args.image_size = autoencoder.image_size or args.image_size
+        if args.data and args.image_size < PAPER["image_size"] and rank_and_world()[0] == 0:
+            warn(
+                f"the autoencoder was trained at {args.image_size} pixels, and so is the DiT; for "
+                "the paper's 256 tune its decoder first: train_ae.py --tune_decoder --init CKPT"
+            )
     args.latent_shape = list(autoencoder.latent_shape(args.image_size, args.image_size))
     run = Run(args)
     autoencoder.to(run.device).requires_grad_(False)
@@ -239,7 +249,7 @@ def train(args, ckpt):
             total = total + loss.detach() / len(run.slices)
 
         taken = run.update([optimizer], run.learning_rate(step), {"loss": total})
-        decay = min(args.ema, (1 + step) / (10 + step))
+        decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
         update_ema(ema, net, taken * (1 - decay))
 
         run.listen()

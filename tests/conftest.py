@@ -16,15 +16,12 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
+REFERENCE = Path(__file__).parent / "reference"  # see its README.md
 
 
 def reference(name):
-    """A file of results from the reference implementations; skips the test if it is not there."""
-    path = SHARED / "compat" / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
+    """A file of tensor names or results of the reference implementations."""
+    return REFERENCE / name
 
 
 def keys_of(name):

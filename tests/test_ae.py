@@ -148,13 +148,25 @@ def test_objectives_of_eqs_3_to_6_term_by_term(name):
     if name in ("vae", "sdvae"):
         z = z + (0.5 * posterior.logvar).exp() * draws["noise"]
     torch.testing.assert_close(x_hat, model.decode(z))
-    expected = ((x_hat - x) ** 2).mean() + 0.7 * (x_hat - x).abs().mean()
+    # SD-VAE's likelihood is VQGAN's, a Laplace one
+    recon = (x_hat - x).abs().mean() if name == "sdvae" else ((x_hat - x) ** 2).mean()
+    expected = recon + 0.7 * (x_hat - x).abs().mean()
     if name in ("vae", "sdvae"):
         kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(1).mean()
         expected = expected + {"vae": 1e-4, "sdvae": 5e-9}[name] * kl
         torch.testing.assert_close(terms["kl"], kl.detach())
     torch.testing.assert_close(loss, expected)
     assert not any(term.requires_grad for term in terms.values())
+
+
+def test_without_a_kl_weight_the_latent_is_the_mean():
+    sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1}
+    x = normal(0, 2, 3, 32, 32)
+    for weight, deterministic in ((0.0, True), (1e-6, False)):
+        posterior = ae.VMAE(**sizes, weights={"kl": weight}).encode(x)
+        assert torch.equal(posterior.sample(), posterior.mean) == deterministic
+        noise = ae.VMAE(**sizes, weights={"kl": weight}).randomness(2, 32, torch.Generator())
+        assert ("noise" not in noise) == deterministic
 
 
 def test_mae_s_loss_ignores_the_visible_patches():

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-COMPAT = ROOT.parent / "shared" / "compat"
+REFERENCE = ROOT / "tests" / "reference"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands run below
 
@@ -38,7 +38,7 @@ def random_statistics(seed, count, d):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of weights filled by the rule of shared/compat/README.md."""
+    """A file of weights filled by the rule of tests/reference/README.md."""
     net = fid.InceptionV3()
     state = net.state_dict()
     rs = np.random.RandomState(0)
@@ -128,9 +128,7 @@ def assert_sentence(done, *words):
 
 
 def test_tensor_names_and_shapes_are_those_of_the_published_file():
-    path = COMPAT / "inception_2015_12_05.keys.txt"
-    if not path.exists():
-        pytest.skip("shared/compat is not beside the repository")
+    path = REFERENCE / "inception_2015_12_05.keys.txt"
     listed = dict((line.split("\t") + [""])[:2] for line in path.read_text().splitlines())
     ours = {key: "x".join(map(str, x.shape)) for key, x in fid.InceptionV3().state_dict().items()}
     assert ours == listed
@@ -138,9 +136,7 @@ def test_tensor_names_and_shapes_are_those_of_the_published_file():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_features_equal_the_reference_implementation(weights, net, fused):
-    path = COMPAT / "inception_seed0.npz"
-    if not path.exists():
-        pytest.skip("shared/compat is not beside the repository")
+    path = REFERENCE / "inception_seed0.npz"
     expected = np.load(path)
     if not fused:
         net = fid.InceptionV3()

@@ -137,6 +137,27 @@ def test_a_run_moved_elsewhere_resumes_there_and_broken_log_lines_are_dropped(tm
     assert [line["step"] for line in log_of(moved)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_of_any_model_resumes_by_its_folder_alone(tmp_path):
+    run(train_ae, "--out", tmp_path, tiny("dae"), SMALL, "--steps 2")
+    run(train_ae, "--out", tmp_path, "--resume --steps 3")
+    assert "prior_std" not in read(tmp_path / "ckpt.pt")["args"]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
+
+
+def test_the_average_of_the_weights_has_a_constant_decay_but_in_the_demo(tmp_path, tiny_vmae):
+    torch.manual_seed(0)
+    for name, flags in (("demo", ""), ("constant", "--ema_warmup 0")):
+        out = tmp_path / name
+        run(train_dit, "--ae", tiny_vmae, "--out", out, SMALL, "--steps 1 --sample_steps 1", flags)
+    shift, moved = {}, {}
+    for name in ("demo", "constant"):
+        ckpt = read(tmp_path / name / "ckpt.pt")
+        key = "final_layer.linear.weight"  # which starts at zero
+        shift[name], moved[name] = ckpt["ema"][key], ckpt["model"][key]
+    torch.testing.assert_close(shift["demo"], 0.9 * moved["demo"])
+    torch.testing.assert_close(shift["constant"], 1e-4 * moved["constant"])
+
+
 def test_resuming_a_finished_run_says_so(tiny_vmae, tiny_dit, capsys):
     before = tiny_vmae.read_bytes(), tiny_dit.read_bytes()
     run(train_ae, "--out", tiny_vmae.parent, "--resume")
