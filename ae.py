@@ -760,7 +760,8 @@ class LPIPS(nn.Module):
     def forward(self, x_hat, x):
         features = [self.net.net(self.net.scaling_layer(images)) for images in (x_hat, x)]
         distance = 0
-        with torch.autocast(x.device.type, enabled=False):
+        # The meta device, on which FLOPs are counted, knows no autocast.
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             for psi_hat, psi, weight in zip(*features, self.net.lins, strict=True):
                 difference = normalize(psi_hat.float()) - normalize(psi.float())
                 distance = distance + weight(difference**2).mean((2, 3), keepdim=True)
@@ -818,6 +819,15 @@ class MissingFile(UserError, FileNotFoundError):
     """A file that is not there and cannot be downloaded."""
 
 
+def rank_and_world():
+    """This process's number and the number of processes, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def exit_with(error):
     """End the process with the error's sentence and status 1; of several processes, one speaks.
 
@@ -847,6 +857,10 @@ def fraction(text):
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
     return float(text)
+
+
+# What argparse is to know of a flag that is 1 or 0; without a number it is 1.
+SWITCH = dict(type=int, choices=(0, 1), nargs="?", const=1)
 
 
 def choose_device(name):

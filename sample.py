@@ -76,10 +76,9 @@ def main():
         out = args.out or os.path.dirname(args.ckpt) or "."
         labels = parse_labels(args.labels, len(source.class_names))
         ae.make_folder(out)
-        rank = int(os.environ.get("RANK", "0"))
         if args.num is not None:
             write_npz(source, args, out, labels)
-        elif rank == 0:
+        elif ae.rank_and_world()[0] == 0:
             draw_grid(source, args, out, labels)
     except UserError as error:
         ae.exit_with(error)
@@ -128,7 +127,7 @@ def write_npz(source, args, out, labels):
     Until it is complete, samples.parts holds a file for each 256 samples, so that an interrupted
     run goes on. Raises UserError if they were drawn with other settings.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = ae.rank_and_world()
     folder = os.path.join(out, "samples.parts")
     classes = list(range(len(source.class_names))) if labels is None else labels
     starts = range(0, args.num, SAMPLES_PER_PART)
@@ -256,9 +255,9 @@ class Source:
 
         images, device = [], self.latent_mean.device
         batches = list(zip(noise.split(batch), y.split(batch), strict=True))
-        hidden = os.environ.get("RANK", "0") != "0"
+        quiet = ae.rank_and_world()[0] > 0
         for some_noise, some_y in tqdm(
-            batches, "drawing", unit="batch", leave=False, disable=hidden
+            batches, "drawing", unit="batch", leave=False, disable=quiet
         ):
             z = dit.sample(self.model, some_noise.to(device), some_y.to(device), **self.settings)
             for part in (z * self.latent_std + self.latent_mean).split(DECODED_AT_ONCE):

@@ -38,7 +38,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import fid
-from ae import UserError, at_least, fraction
+from ae import SWITCH, UserError, at_least, fraction, rank_and_world, warn
 
 # ---- Recipes: what each autoencoder is trained with ----
 #
@@ -212,8 +212,7 @@ def recipe_of(flags):
 
 def parse_args():
     """(args, checkpoint to resume or None)."""
-    parser = new_parser(__doc__, DEMO, PAPER)
-    add = add_common_flags(parser)
+    parser, add = new_parser(__doc__, DEMO, PAPER)
     add("--out", help="folder for checkpoint, log and pictures")
     add("--init", help="checkpoint to start the weights from, of any image size")
     add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
@@ -514,10 +513,6 @@ FREE_ON_RESUME = {
 }
 
 
-# What argparse is to know of a flag that is 1 or 0; without a number it is 1.
-SWITCH = dict(type=int, choices=(0, 1), nargs="?", const=1)
-
-
 class Help(argparse.RawDescriptionHelpFormatter):
     """--help, with the default of each flag in the demo and with the paper's settings."""
 
@@ -552,7 +547,10 @@ def in_words(name, recipes):
 
 
 def new_parser(doc, demo, paper):
-    """A parser without defaults: they are settled later. demo, paper: recipes by name, for --help."""
+    """A parser with the flags of both training scripts, and add_argument of their group.
+
+    It has no defaults: they are settled later. demo, paper: recipes by name, for --help.
+    """
     parser = argparse.ArgumentParser(
         description=doc,
         formatter_class=functools.partial(Help, demo=demo, paper=paper),
@@ -567,11 +565,6 @@ def new_parser(doc, demo, paper):
         raise UserError(message)
 
     parser.error = refuse
-    return parser
-
-
-def add_common_flags(parser):
-    """The flags that both training scripts have; returns the group's add_argument."""
     add = parser.add_argument_group("run").add_argument
     add("--data", help="folder of images (default: the demo's digits)")
     add("--resume", action="store_true", help="go on from --out's checkpoint, with its settings")
@@ -581,7 +574,7 @@ def add_common_flags(parser):
     add("--compile", **SWITCH, help="torch.compile (default: 1 on cuda)")
     add("--workers", type=at_least(0), help="processes per rank that load images or latents")
     add("--log_every", type=at_least(1), help="steps between log lines")
-    return add
+    return parser, add
 
 
 def settle(parser, recipe_of, kind):
@@ -666,15 +659,6 @@ def finished(args, ckpt, images):
     if complete and rank_and_world()[0] == 0:
         print(f"{args.out} is finished, at step {ckpt['step']}")
     return complete
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def rank_and_world():
-    """This process's number and the number of processes, as torchrun says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes(args):
@@ -827,9 +811,9 @@ class Run:
 
     # ---- What a step needs ----
 
-    def generator(self, step):
-        """The source of all that is random in a step, alike in every process."""
-        return generator(self.device, self.args.seed, step)
+    def generator(self, *key):
+        """The source of all that is random under this key, such as a step; alike in every process."""
+        return generator(self.device, self.args.seed, *key)
 
     def autocast(self):
         kind = self.device.split(":")[0]

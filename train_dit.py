@@ -22,24 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 import ae
 import dit
 import fid
-from ae import UserError, at_least, fraction
+from ae import SWITCH, UserError, at_least, fraction, rank_and_world, warn
 from train_ae import (
     COMMON,
-    SWITCH,
     Batches,
     Images,
     Run,
-    add_common_flags,
     count_flops,
     crop_and_flip,
     finished,
     generator,
     load_batches,
     new_parser,
-    rank_and_world,
     settle,
     training_order,
-    warn,
 )
 
 # ---- Recipes ----
@@ -105,8 +101,7 @@ def recipe_of(flags):
 
 def parse_args():
     """(args, checkpoint to resume or None)."""
-    parser = new_parser(__doc__, {"": DEMO}, {"": PAPER})
-    add = add_common_flags(parser)
+    parser, add = new_parser(__doc__, {"": DEMO}, {"": PAPER})
     add("--ae", help="checkpoint of the autoencoder")
     add("--cache", help="folder for the moments of all images")
     add("--out", help="folder for checkpoint, log and pictures")
@@ -463,8 +458,7 @@ def cache_source(images, autoencoder, image_size, run):
 
 def latent_statistics(dataset, posterior_of, n, run):
     """Mean and unbiased std (C,) per channel, of 10,000 random unflipped images, one sample each."""
-    seed = run.args.seed
-    picked = np.random.default_rng((seed, n)).permutation(n)[:10000].tolist()
+    picked = np.random.default_rng((run.args.seed, n)).permutation(n)[:10000].tolist()
     chunks = [picked[i : i + 100] for i in range(0, len(picked), 100)]
     mine = range(run.rank, len(chunks), run.world)
     keys = [[(index, 0, False) for index in chunks[k]] for k in mine]
@@ -472,7 +466,7 @@ def latent_statistics(dataset, posterior_of, n, run):
     batches = load_batches(dataset, keys, run.args.workers, run.device)
     for k, (x, _) in zip(mine, batches, strict=True):
         posterior = posterior_of(x)
-        draw = generator(run.device, seed, k, 2)
+        draw = run.generator(k, 2)
         noise = torch.randn(posterior.mean.shape, device=run.device, generator=draw)
         sums += fid.power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))  # (C, B * h * w)
     if run.world > 1:

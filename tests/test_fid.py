@@ -660,17 +660,21 @@ sys.path.insert(0, {root!r})
 import fid
 dist.init_process_group("gloo")
 torch.hub.get_dir = lambda: {hub!r}
+def say(text):
+    sys.stdout.write(text + chr(10))  # in one piece: two processes share the pipe
+    sys.stdout.flush()
 def download(url, path, *args, **kwargs):
-    print("downloads:", fid.local_rank())
+    say(f"downloads: {{fid.local_rank()}}")
     if failing:
         raise OSError("no connection")
     shutil.copy({weights!r}, path)
 torch.hub.download_url_to_file = download
 for failing in (True, False):
     try:
-        print("loaded:", fid.load_inception().fc.out_features)
+        say(f"loaded: {{fid.load_inception().fc.out_features}}")
     except fid.MissingFile as error:
-        print("missing:", error)
+        say(f"missing: {{error}}")
+dist.barrier()
 dist.destroy_process_group()
 """
 

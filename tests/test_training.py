@@ -411,7 +411,7 @@ def test_the_cache_holds_the_moments_of_each_image_and_its_flip(
     for index in (0, 49, 50, 119):
         for flip in (False, True):
             crop = np.asarray(train_ae.center_crop(images[index], 32))
-            crop = crop[:, ::-1].copy() if flip else crop
+            crop = (crop[:, ::-1] if flip else crop).copy()
             x = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
             expected = autoencoder.encode(x)
             moments, labels, _ = train_dit.Cache(cache, images)[[(index, 0, flip)]]
@@ -486,6 +486,7 @@ def test_latent_statistics_normalise_each_channel(tiny_vmae):
 
     class training:
         rank, world, device = 0, 1, "cpu"
+        generator = functools.partial(train_ae.generator, "cpu", 0)
 
         class args:
             seed, workers, latent_shape = 0, 0, (8, 4, 4)
@@ -702,6 +703,36 @@ def test_help_is_narrow_and_has_a_default_of_every_setting(module, capsys):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100 and "None" not in text
     assert " ".join(text.split()).count("demo:") >= 3
+
+
+@pytest.mark.parametrize("model, passes", [("vmae", 3), ("sdvae", 4)])
+def test_training_with_lpips_logs_it_and_counts_its_flops(
+    tmp_path, model, passes, monkeypatch, capsys
+):
+    """On a VGG16 of made weights."""
+    import torchvision
+
+    with torch.device("meta"):
+        names = [name for name in torchvision.models.vgg16().state_dict() if "features" in name]
+        state = torchvision.models.vgg16().state_dict()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({name: 0.05 * torch.randn(state[name].shape) for name in names}, path)
+
+    flops = {}
+    for weight in (0, 0.5):
+        out = tmp_path / str(weight)
+        few = "--batch 4 --steps 3 --log_every 1 --dtype bfloat16"
+        run(train_ae, "--out", out, tiny(model), few, f"--lpips {weight}")
+        flops[weight] = float(capsys.readouterr().out.split(" GFLOPs")[0].split()[-1])
+        lines = log_of(out)
+        assert all(("lpips" in line) == (weight > 0) for line in lines)
+        assert all(np.isfinite(value) for line in lines for value in line.values())
+    # VGG16 has 15.3 GMAC at 224 pixels. Two passes forward and one backward, to the reconstruction;
+    # SD-VAE's adaptive weight asks for the gradient once more
+    vgg = 2 * 15.3 * (32 / 224) ** 2
+    assert abs(flops[0.5] - flops[0] - passes * vgg) < 0.1 * vgg
 
 
 def test_lpips_without_its_weights_stops_the_run(tmp_path, folder, monkeypatch, offline):
