@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -822,6 +823,15 @@ class MissingFile(UserError, FileNotFoundError):
 def rank_and_world():
     """This process's number and the number of processes, as torchrun says."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave_processes():
+    """Wait for the other processes, then close the process group."""
+    dist.barrier()
+    # If the group is destroyed while a thread of gloo's still needs the interpreter to finish the
+    # barrier, both wait for ever (seen with PyTorch 2.4).
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def warn(message):

@@ -151,8 +151,7 @@ def write_npz(source, args, out, labels):
         with ae.whole_file(part) as file:
             np.savez(file, images=images, labels=y)
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        ae.leave_processes()
     if rank == 0:
         path = os.path.join(out, "samples.npz")
         join_parts(list(parts), path, args.num, with_labels=len(source.class_names) > 1)
@@ -174,6 +173,8 @@ def claim_parts(folder, source, args, classes):
     }
     path = os.path.join(folder, "settings.json")
     if not os.path.exists(path):
+        # Parts without settings are what is left of a run that was killed while it removed them.
+        shutil.rmtree(folder, ignore_errors=True)
         ae.make_folder(folder)
         with ae.whole_file(path) as file:
             file.write(json.dumps(settings).encode())

@@ -172,8 +172,8 @@ DEMO = {
 }
 DEMO["sdvae"] |= dict(disc_start=301)
 
-# Settings that are arguments of the classes in ae.py; a name that is missing here never reaches its
-# class.
+# Settings that are arguments of the classes in ae.py, beside the weights of terms. A name that is
+# missing here never reaches its class.
 ARGUMENTS = (
     *("image_size", "channels", "latent_dim", "recon", "noise_std"),
     *("patch_size", "hidden_size", "depth", "decoder_depth", "num_heads"),
@@ -290,7 +290,10 @@ def train(args, ckpt):
 
     # The network, LPIPS if the recipe has it, and eq. 6's discriminator.
     torch.manual_seed(args.seed)  # weights start the same in every process
-    net, config = build(args, start_from=None if ckpt else args.init)
+    if ckpt:
+        net, config = build(args, config=ckpt["config"])
+    else:
+        net, config = build(args, start_from=args.init)
     lpips = ae.lpips_vgg() if args.lpips > 0 else None
     adversarial = args.model == "sdvae"
     if adversarial and args.image_size < 24:
@@ -383,16 +386,17 @@ def train(args, ckpt):
     run.finish("recon.png")
 
 
-def build(args, start_from=None):
+def build(args, start_from=None, config=None):
     """The autoencoder that the flags describe, and its class's arguments, which checkpoints keep.
 
-    start_from: a checkpoint of a model of the same sizes, whose weights it gets. Raises UserError
-    if the flags or the checkpoint do not fit.
+    start_from: a checkpoint of a model of the same sizes, whose weights it gets. config: the
+    arguments, of a run that is resumed. Raises UserError if the flags or the checkpoint do not fit.
     """
     model = ae.MODELS[args.model]
     start = ae.load(start_from) if start_from else None
-    config = {name: getattr(args, name) for name in ARGUMENTS if name in args}
-    config["weights"] = {name: getattr(args, name) for name in model.weights if name in args}
+    if config is None:
+        config = {name: getattr(args, name) for name in ARGUMENTS if name in args}
+        config["weights"] = {name: getattr(args, name) for name in model.weights if name in args}
     if start and args.model == "vmae" and args.tune_decoder:
         # The KL is no term of this stage, but its weight says whether the latent is the mean.
         config["weights"]["kl"] = start.weights.get("kl", 0.0)
@@ -412,7 +416,9 @@ def build(args, start_from=None):
         state = start.state_dict()
         if start.masked and net.masked:
             state = ae.resize_positions(state, net.grid)
-        if shapes(state) != shapes(net.state_dict()):
+        # Heads leave no trace in the shapes; 12 is the default of the class.
+        heads = [c.get("num_heads", 12) for c in (start.recipe["config"], config)]
+        if shapes(state) != shapes(net.state_dict()) or heads[0] != heads[1]:
             raise UserError(
                 f"--init {start_from} is of another model or of other sizes than the flags say: "
                 f"it holds a {start.recipe['name']} of {start.recipe['config']}"
@@ -959,11 +965,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.world > 1:
-            dist.barrier()  # nobody leaves while rank 0 is still saving
-            # If the group is destroyed while a thread of gloo's still needs the interpreter to
-            # finish the barrier, both wait for ever (seen with PyTorch 2.4 to 2.13).
-            time.sleep(0.1)
-            dist.destroy_process_group()
+            ae.leave_processes()  # not while rank 0 is still saving
         if self.rank > 0:
             return
         if self.saved < self.done:
@@ -1236,7 +1238,7 @@ def evaluate(args):
         record = {"data": args.data, "ckpt": args.ckpt, "rows": rows, "not computed": skipped}
         Path(args.out, "eval.json").write_text(json.dumps(record, indent=1))
     if world > 1:
-        dist.destroy_process_group()
+        ae.leave_processes()
 
 
 def load_if_there(measure, load, device, skipped):

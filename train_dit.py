@@ -331,31 +331,35 @@ class Cache:
     """
 
     shard = 4096
-    most_open = 500  # files, of which a process may have few; ImageNet has 313 shards
+    most_open = 500  # files of moments; a process may not open many, ImageNet has 313
     limit = 0  # unreadable images were replaced when the cache was written
 
     def __init__(self, folder, images):
         self.folder, self.images = folder, images
-        self.opened = {}  # arrays by path
+        self.opened, self.labels = {}, {}  # arrays by number of the shard
 
     def path(self, kind, k):
         return os.path.join(self.folder, f"{kind}-{k:05}.npy")
 
-    def array(self, kind, k):
-        path = self.path(kind, k)
-        if path not in self.opened:
+    def moments_of(self, k):
+        if k not in self.opened:
             if len(self.opened) >= self.most_open:
                 del self.opened[next(iter(self.opened))]
-            self.opened[path] = np.load(path, mmap_mode="r" if kind == "moments" else None)
-        return self.opened[path]
+            self.opened[k] = np.load(self.path("moments", k), mmap_mode="r")
+        return self.opened[k]
+
+    def labels_of(self, k):
+        if k not in self.labels:
+            self.labels[k] = np.load(self.path("labels", k))
+        return self.labels[k]
 
     def __getitem__(self, keys):
         moments, labels = [], []
         for index, _epoch, flip in keys:
             k, row = divmod(index, self.shard)
             flipped = int(flip and not self.images.digits)  # digits never are
-            moments.append(self.array("moments", k)[row, flipped])
-            labels.append(int(self.array("labels", k)[row]))
+            moments.append(self.moments_of(k)[row, flipped])
+            labels.append(int(self.labels_of(k)[row]))
         return torch.from_numpy(np.stack(moments)), torch.tensor(labels), []
 
     def fill(self, posterior_of, dataset, run):

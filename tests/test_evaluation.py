@@ -320,6 +320,21 @@ def test_the_three_stages_keep_tables_encoder_and_mask_token(tmp_path, folder):
     assert loaded.tune_decoder
 
 
+def test_a_tuned_decoder_keeps_the_deterministic_latent_of_its_first_stage(tmp_path):
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    run(train_ae, "--out", first, TINY_VIT, "--steps 1 --kl 0")
+    flags = (TINY_VIT, "--tune_decoder --ckpt_every 1 --schedule constant")
+    run(train_ae, "--out", tuned, "--init", first / "ckpt.pt", *flags, "--steps 1")
+    assert ae.load(tuned / "ckpt.pt").deterministic
+    run(train_ae, "--out", tuned, "--resume --tune_decoder --steps 2")
+    assert ae.load(tuned / "ckpt.pt").deterministic
+
+
+def test_init_refuses_another_number_of_heads(tmp_path, tiny_vmae):
+    flags = TINY_VIT.replace("--num_heads 2", "--num_heads 4")
+    assert "other sizes" in fails(train_ae, "--out", tmp_path, "--init", tiny_vmae, flags)
+
+
 def test_tuning_the_decoder_minimises_mse_plus_ten_lpips_of_the_posterior_mean():
     torch.manual_seed(0)
     sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1}

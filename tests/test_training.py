@@ -575,6 +575,17 @@ def test_an_interrupted_samples_npz_goes_on(tmp_path, tiny_dit, monkeypatch):
     assert not (cut / "samples.parts").exists()
 
 
+def test_parts_without_their_settings_are_not_taken_over(tmp_path, tiny_dit):
+    flags = ("--ckpt", tiny_dit, "--steps 2 --num 4")
+    run(sample, "--out", tmp_path / "a", *flags)
+    parts = tmp_path / "b" / "samples.parts"
+    parts.mkdir(parents=True)
+    np.savez(parts / "000000.npz", images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.zeros(4))
+    run(sample, "--out", tmp_path / "b", *flags)
+    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("a", "b"))
+    assert np.array_equal(a, b)
+
+
 def test_weights_of_others_are_drawn_with_ae_and_stats(tmp_path, tiny_vmae, tiny_dit):
     ckpt, theirs, stats = read(tiny_dit), tmp_path / "lightning.pt", tmp_path / "latents_stats.pt"
     torch.save({"ema": ckpt["ema"], "model": ckpt["model"], "opt": {}}, theirs)
