@@ -154,7 +154,7 @@ def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys
     for path, content in zip(paths, (ours, release, diffusers)):
         path.parent.mkdir()
         torch.save(content, path)
-    flags = ("--data", folder / "ants", "--out", out, "--image_size 32 --workers 0")
+    flags = ("--data", folder / "ants", "--out", out, "--image_size 32 --workers 0 --adm_crop 1")
     run(train_ae, "--eval --ckpt", *paths, *flags)
     text = capsys.readouterr().out
     rows = table(text)
@@ -166,6 +166,7 @@ def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys
     assert "rFID is not computed" in text and "pt_inception-2015-12-05-6726825d.pth" in text
 
     saved = rows_of(out)[0]
+    assert saved["crop"] == rows[0]["crop"] == "ADM"
     images = train_ae.Images(folder / "ants")
     crops = np.stack([np.asarray(train_ae.center_crop(images[i], 32)) for i in range(len(images))])
     x = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -177,6 +178,35 @@ def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys
     for name in names:
         width, height = Image.open(out / f"{name}.png").size
         assert height // 66 == 10 and width // 66 == 1 + len(train_ae.EPS)
+
+
+def test_the_paper_s_crop_is_bilinear_with_antialiasing_on_floats_and_central():
+    for width, height, box in ((100, 64, (9, 0, 41, 32)), (64, 100, (0, 9, 32, 41))):
+        values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours = train_ae.crop_for_judging(32, Image.fromarray(values), 0, 0, False)
+        # 100 becomes 50 pixels long. Pillow resizes floats, too, a channel at a time.
+        size = (50, 32) if width > height else (32, 50)
+        for channel, plane in zip(ours, np.moveaxis(values, -1, 0).astype(np.float32)):
+            resized = Image.fromarray(plane).resize(size, Image.BILINEAR).crop(box)
+            assert np.abs(np.asarray(resized) / 127.5 - 1 - channel.numpy()).max() < 1e-5
+
+
+def test_eval_judges_on_the_paper_s_crop_unless_told_otherwise(tmp_path, tiny_vmae, folder):
+    few = tmp_path / "few"
+    link_first_images(folder / "cats", few, 4)
+    start = ("--eval --ckpt", tiny_vmae, "--data", few, "--workers 0")
+    run(train_ae, *start, "--out", tmp_path / "paper")
+    run(train_ae, *start, "--out", tmp_path / "adm", "--adm_crop 1")
+    paper, adm = rows_of(tmp_path / "paper")[0], rows_of(tmp_path / "adm")[0]
+    assert (paper["crop"], adm["crop"]) == ("paper", "ADM")
+
+    net, images = ae.load(tiny_vmae), train_ae.Images(few)
+    x = torch.stack([train_ae.crop_for_judging(32, images[i], i, 0, False) for i in range(4)])
+    with torch.no_grad():
+        x_hat = net.decode(net.encode(x).mode())
+    assert abs(paper["L1"] - (x_hat - x).abs().mean().item() / 2) < 1e-6
+    assert abs(paper["SSIM"] - fid.ssim(x_hat.clamp(-1, 1), x).mean().item()) < 1e-6
+    assert abs(paper["SSIM"] - adm["SSIM"]) > 1e-4
 
 
 def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(
@@ -261,7 +291,7 @@ def test_rfid_and_lpips_are_computed_where_their_weights_are(
     monkeypatch.setattr(ae, "lpips_vgg", lambda: distance)
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
     link_first_images(folder / "cats", few, 6)
-    flags = ("--data", few, "--inception", weights, "--workers 0")
+    flags = ("--data", few, "--inception", weights, "--workers 0 --adm_crop 1")
     run(train_ae, "--eval --ckpt", tiny_vmae, "--out", out, *flags)
     saved = json.loads((out / "eval.json").read_text())
     row = saved["rows"][0]
