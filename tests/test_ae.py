@@ -153,7 +153,7 @@ def test_objectives_of_eqs_3_to_6_term_by_term(name):
     expected = recon + 0.7 * (x_hat - x).abs().mean()
     if name in ("vae", "sdvae"):
         kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(1).mean()
-        expected = expected + {"vae": 1e-4, "sdvae": 5e-9}[name] * kl
+        expected = expected + {"vae": 1.8e-3, "sdvae": 5e-9}[name] * kl
         torch.testing.assert_close(terms["kl"], kl.detach())
     torch.testing.assert_close(loss, expected)
     assert not any(term.requires_grad for term in terms.values())
