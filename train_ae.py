@@ -1,6 +1,7 @@
 """Train an autoencoder (supplement, section B.1).
 
     python train_ae.py                                          the demo: a VMAE on digits
+    python train_ae.py --tune_decoder                           its last stage
     python train_ae.py --model sdvae                            the demo with another autoencoder
     python train_ae.py --data DIR --image_size 128              own images, the paper's settings
     torchrun --nproc_per_node=8 train_ae.py --model vmae --data imagenet/train
@@ -54,7 +55,8 @@ COMMON = dict(
     dtype=None,
     compile=None,
     workers=min(8, os.cpu_count()),  # [O]
-    log_every=50,  # [O]
+    log_every=100,  # [O]
+    keep_every=None,
     steps=None,
     lr=None,
     grad_clip=math.inf,  # [S] no clipping
@@ -121,23 +123,30 @@ PAPER = {
         tune_decoder=False,
     ),
 }
-# VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction.
-PAPER["tune"] = VIT | dict(
+# VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction. The sizes of
+# the network are those of the checkpoint that it starts from.
+PAPER["tune"] = RUN | dict(
     tune_decoder=True,
+    init="out/vmae/ckpt.pt",
+    out="out/vmae-tuned",
     freeze_encoder=1,  # [O] the release's comment says so, its script trains the encoder too
     image_size=256,  # [R]
     lpips=10.0,  # [R]
     epochs=10,  # [R]
     warmup=0,  # [R]
+    schedule="cosine",  # [R]
+    batch=2048,  # [R]
     micro_batch=32,  # [O]
     base_lr=1e-5,  # [R]
+    betas=[0.9, 0.95],  # [R]
+    weight_decay=0.05,  # [R]
 )
-del PAPER["tune"]["mask_ratio"]  # nothing is masked
 
 # What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
 DEMO_RUN = dict(
     out="out/demo/{model}",
     workers=0,  # digits need no processes that load them
+    log_every=50,
     ckpt_every=200,
 )
 DEMO_CONV = DEMO_RUN | dict(
@@ -166,9 +175,22 @@ DEMO_VIT = DEMO_RUN | dict(
     base_lr=4e-3,
     weight_decay=0.0,
 )
+DEMO_TUNE = DEMO_RUN | dict(
+    init="out/demo/vmae/ckpt.pt",
+    out="out/demo/vmae-tuned",
+    image_size=32,
+    lpips=0.0,
+    epochs=10,
+    warmup=1,
+    batch=64,
+    micro_batch=64,
+    base_lr=4e-3,
+    weight_decay=0.0,
+)
 DEMO = {
-    name: recipe | (DEMO_CONV if "channels" in recipe else DEMO_VIT)
-    for name, recipe in PAPER.items()
+    **{name: PAPER[name] | DEMO_CONV for name in ("ae", "dae", "vae", "sdvae")},
+    **{name: PAPER[name] | DEMO_VIT for name in ("mae", "vmae")},
+    "tune": PAPER["tune"] | DEMO_TUNE,
 }
 DEMO["sdvae"] |= dict(disc_start=301)
 
@@ -215,7 +237,7 @@ def parse_args():
     """(args, checkpoint to resume or None)."""
     parser, add = new_parser(__doc__, DEMO, PAPER)
     add("--out", help="folder for checkpoint, log and pictures")
-    add("--init", help="checkpoint to start the weights from, of any image size")
+    add("--init", help="checkpoint to start from, of any image size")
     add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
 
     add = parser.add_argument_group("model").add_argument
@@ -230,7 +252,7 @@ def parse_args():
     add("--num_heads", type=at_least(1), help="attention heads")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--tune_decoder", action="store_true", help="VMAE's last stage, from --init")
+    add("--tune_decoder", action="store_true", help="VMAE's last stage, of the network in --init")
     add("--freeze_encoder", **SWITCH, help="in that stage: 0 trains the encoder too")
     add("--mask_ratio", type=fraction, help="share of the tokens that are masked")
     add("--recon", choices=("mse", "l1"), help="reconstruction term: eq. 3's or VQGAN's")
@@ -397,18 +419,20 @@ def build(args, start_from=None, config=None):
     """
     model = ae.MODELS[args.model]
     start = ae.load(start_from) if start_from else None
+    tune = args.model == "vmae" and args.tune_decoder
+    if tune and start and start.recipe["name"] != "vmae":
+        raise UserError(f"--tune_decoder is VMAE's last stage, {start_from} is of another model")
     if config is None:
         config = {name: getattr(args, name) for name in ARGUMENTS if name in args}
         config["weights"] = {name: getattr(args, name) for name in model.weights if name in args}
-    if start and args.model == "vmae" and args.tune_decoder:
-        # The KL is no term of this stage, but its weight says whether the latent is the mean.
-        config["weights"]["kl"] = start.weights.get("kl", 0.0)
+        if tune:
+            # The KL is no term of this stage, but its weight says whether the latent is the mean.
+            config["weights"]["kl"] = start.weights.get("kl", 0.0)
+            config = start.recipe["config"] | config
     net = model(**config)
     net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
 
-    if args.model == "vmae" and args.tune_decoder:
-        if not args.init:
-            raise UserError("--tune_decoder is VMAE's last stage: it needs --init CKPT")
+    if tune:
         net.mask_token.requires_grad_(False)  # nothing is masked
         if args.freeze_encoder:
             net.requires_grad_(False)
@@ -517,7 +541,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # end a training run after its step
 # Flags that may differ from those of the run that --resume goes on with.
 FREE_ON_RESUME = {
     *("data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers"),
-    *("steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every"),
+    *("steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every", "keep_every"),
 }
 
 
@@ -535,7 +559,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
         demo, paper = (in_words(action.dest, recipes) for recipes in (self.demo, self.paper))
         if not paper:
             return action.help
-        defaults = f"default: {demo}" if demo == paper else f"demo: {demo}; paper: {paper}"
+        defaults = f"demo: {demo or 'none'}; paper: {paper}"
+        if demo == paper:
+            defaults = f"default: {paper}"
         return f"{action.help} ({defaults})".replace("%", "%%")
 
 
@@ -547,9 +573,11 @@ def in_words(name, recipes):
         if value is not None and value is not False and value is not True:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             owners.setdefault(text, []).append(owner)
-    if len(owners) < 2:
+    elsewhere_none = any(name in recipe and recipe[name] is None for recipe in recipes.values())
+    if len(owners) < 2 and not elsewhere_none:
         return "".join(owners)
     families = {"ae dae vae sdvae": "conv", "mae vmae": "vit", "mae vmae tune": "vit"}
+    families["ae dae vae sdvae mae vmae"] = "first stage"
     names = {text: " ".join(found) for text, found in owners.items()}
     return ", ".join(f"{text} ({families.get(found, found)})" for text, found in names.items())
 
@@ -582,6 +610,7 @@ def new_parser(doc, demo, paper):
     add("--compile", **SWITCH, help="torch.compile (default: 1 on cuda)")
     add("--workers", type=at_least(0), help="processes per rank that load images or latents")
     add("--log_every", type=at_least(1), help="steps between log lines")
+    add("--keep_every", type=at_least(1), help="steps between numbered files of the weights")
     return parser, add
 
 
@@ -929,19 +958,29 @@ class Run:
             )
 
     def save_due(self):
-        return self.ending or self.done % self.args.ckpt_every == 0 or self.done == self.args.steps
+        due = self.done % self.args.ckpt_every == 0 or self.keep_due()
+        return self.ending or due or self.done == self.args.steps
+
+    def keep_due(self):
+        return bool(self.args.keep_every) and self.done % self.args.keep_every == 0
 
     def save(self, **ckpt):
         """Write ckpt and the parts as ckpt.pt, and keep the one before as ckpt.previous.pt.
 
+        Every --keep_every steps also a numbered file that stays, without what only --resume needs.
         A disk that is full costs this checkpoint, not the run.
         """
         if self.rank > 0:
             return
         path = os.path.join(self.args.out, "ckpt.pt")
-        ckpt |= {name: part.state_dict() for name, part in self.parts.items()}
         ckpt |= {"step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
         try:
+            if self.keep_due():
+                weights = "ema" if "ema" in states else "model"
+                with ae.whole_file(path.replace(".pt", f"-{self.done:07}.pt")) as file:
+                    torch.save(ckpt | {weights: states[weights]}, file)
+            ckpt |= states
             with ae.whole_file(path, keep_old_as=previous(path) if self.saved else None) as file:
                 torch.save(ckpt, file)
             self.saved = self.done

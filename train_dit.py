@@ -1,7 +1,7 @@
 """Train a DiT on the latents of a frozen autoencoder (supplement, section B.2).
 
     python train_dit.py                                    the demo: digits, its VMAE's latents
-    python train_dit.py --data DIR --ae out/vmae/ckpt.pt   own images, the paper's settings
+    python train_dit.py --data DIR --ae vmae.pth           own images, the paper's settings
     torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae vmae.pth --cache latents
     python train_dit.py --data DIR --resume                go on from the last checkpoint
 
@@ -43,10 +43,11 @@ from train_ae import (
 # [S] supplement  [R] the authors' release and LightningDiT  [O] our choice
 
 PAPER = COMMON | dict(
-    ae="out/vmae/ckpt.pt",
+    ae="out/vmae-tuned/ckpt.pt",
     cache=None,
     out="out/dit",
     ckpt_every=5000,  # [O]
+    keep_every=20_000,  # [R]
     model="DiT-B/1",  # [S]
     image_size=256,  # [S] pixels on a side, if the autoencoder's file does not say
     qk_norm=1,  # [S] RMSNorm of queries and keys
@@ -70,11 +71,13 @@ STEPS_OF_A_SINGLE_CLASS = 60_000  # [S] CelebA-HQ
 
 # What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
 DEMO = PAPER | dict(
-    ae="out/demo/vmae/ckpt.pt",
+    ae="out/demo/vmae-tuned/ckpt.pt",
     cache="latents in --out",
     out="out/demo/dit",
     workers=0,
+    log_every=50,
     ckpt_every=2000,
+    keep_every=None,
     model="DiT-demo/1",
     image_size=32,
     steps=3300,
@@ -90,10 +93,12 @@ DEMO = PAPER | dict(
 
 def recipe_of(flags):
     """The settings in force with these flags, and whose they are, in words."""
-    if "data" in flags:
-        return PAPER, "train_dit.py"
-    out = flags.get("out", DEMO["out"])
-    return DEMO | dict(cache=os.path.join(out, "latents")), "train_dit.py"
+    recipe = PAPER
+    if "data" not in flags:
+        recipe = DEMO | dict(cache=os.path.join(flags.get("out", DEMO["out"]), "latents"))
+    if not os.path.exists(recipe["ae"]):  # the decoder is not tuned
+        recipe = recipe | dict(ae=recipe["ae"].replace("-tuned", ""))
+    return recipe, "train_dit.py"
 
 
 # ---- Flags ----
@@ -102,7 +107,7 @@ def recipe_of(flags):
 def parse_args():
     """(args, checkpoint to resume or None)."""
     parser, add = new_parser(__doc__, {"": DEMO}, {"": PAPER})
-    add("--ae", help="checkpoint of the autoencoder")
+    add("--ae", help="checkpoint of the autoencoder; without a tuned one that of the first stage")
     add("--cache", help="folder for the moments of all images")
     add("--out", help="folder for checkpoint, log and pictures")
     add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
@@ -165,7 +170,7 @@ def train(args, ckpt):
         if args.data and args.image_size < PAPER["image_size"] and rank_and_world()[0] == 0:
             warn(
                 f"the autoencoder was trained at {args.image_size} pixels, and so is the DiT; for "
-                "the paper's 256 tune its decoder first: train_ae.py --tune_decoder --init CKPT"
+                "the paper's 256 tune its decoder first: train_ae.py --tune_decoder"
             )
     args.latent_shape = list(autoencoder.latent_shape(args.image_size, args.image_size))
     run = Run(args)

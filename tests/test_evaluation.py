@@ -14,6 +14,7 @@ from PIL import Image
 import ae
 import fid
 import train_ae
+import train_dit
 
 
 @pytest.fixture(autouse=True)
@@ -321,40 +322,69 @@ def test_position_tables_are_interpolated_bilinearly():
     torch.testing.assert_close(resized[3, 4], 0.75 * upper + 0.25 * lower)
 
 
-def test_the_three_stages_keep_tables_encoder_and_mask_token(tmp_path, folder):
-    pretrain, larger, tuned = (tmp_path / name for name in ("pretrain", "larger", "tuned"))
-    common = "--workers 0 --batch 8 --lpips 0 --warmup 0 --steps 3"
-    flags = ("--data", folder, TINY_VIT, common)
-    run(train_ae, "--out", pretrain, *flags, "--image_size 32")
-    flags = (*flags, "--image_size 64")
-    run(train_ae, "--init", pretrain / "ckpt.pt", "--out", larger, *flags)
-    tune = "--tune_decoder --lr 1e-3"
-    run(train_ae, "--init", larger / "ckpt.pt", "--out", tuned, *flags, tune)
-    free = tmp_path / "free"
-    run(train_ae, "--init", larger / "ckpt.pt", "--out", free, *flags, tune, "--freeze_encoder 0")
+def test_the_three_stages_are_two_commands_and_keep_tables_encoder_and_mask_token(tmp_path, folder):
+    pretrain, tuned, free = (tmp_path / name for name in ("pretrain", "tuned", "free"))
+    flags = ("--data", folder, "--workers 0 --batch 8 --lpips 0 --warmup 0 --steps 3")
+    run(train_ae, "--out", pretrain, *flags, TINY_VIT, "--image_size 32")
+    flags = ("--init", pretrain / "ckpt.pt", *flags, "--image_size 64 --tune_decoder --lr 1e-3")
+    run(train_ae, "--out", tuned, *flags)
+    run(train_ae, "--out", free, *flags, "--freeze_encoder 0")
     last, loaded = log_of(tuned)[-1], ae.load(tuned / "ckpt.pt")
-    small, larger, tuned, free = (read(out / "ckpt.pt") for out in (pretrain, larger, tuned, free))
-    tables = ae.resize_positions(dict(small["model"]), 8)
+    first, tuned, free = (read(out / "ckpt.pt") for out in (pretrain, tuned, free))
+    larger = ae.resize_positions(dict(first["model"]), 8)
     fresh = ae.VMAE(image_size=64, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
-    assert torch.equal(larger["model"]["pos_embed"], tables["pos_embed"])
-    # The table was kept, and not computed anew
-    assert not torch.allclose(larger["model"]["pos_embed"], fresh.pos_embed)
+    # The table was interpolated, and not computed anew
+    assert not torch.allclose(larger["pos_embed"], fresh.pos_embed)
     for key, value in tuned["model"].items():
         trained = key.startswith(("from_latent", "decoder")) and key != "decoder_pos_embed"
-        assert torch.equal(value, larger["model"][key]) != trained, key
+        assert torch.equal(value, larger[key]) != trained, key
     # As in the release, the encoder can be trained too; the mask token and the tables never are
-    fixed = [key for key in free["model"] if torch.equal(free["model"][key], larger["model"][key])]
+    fixed = [key for key in free["model"] if torch.equal(free["model"][key], larger[key])]
     assert sorted(fixed) == ["decoder_pos_embed", "mask_token", "pos_embed"]
     assert last.keys() & {"recon", "visible", "masked", "kl"} == {"recon"}
-    assert len(tuned["optimizer"]["state"]) < len(larger["optimizer"]["state"])
-    assert loaded.tune_decoder
+    assert len(tuned["optimizer"]["state"]) < len(first["optimizer"]["state"])
+    # The network is that of the first stage, without a flag that says so
+    assert loaded.tune_decoder and loaded.image_size == 64
+    assert tuned["config"]["hidden_size"] == 32 and tuned["config"]["mask_ratio"] == 0.6
+
+
+def test_each_stage_of_the_demo_finds_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out" / "demo"
+    assert "out/demo/vmae/ckpt.pt" in fails(train_ae, "--tune_decoder")
+    run(train_ae, TINY_VIT, "--steps 1")
+    run(train_dit, "--steps 1 --batch 8 --sample_steps 1 --out first")
+    run(train_ae, "--tune_decoder --steps 2")
+    run(train_dit, "--steps 1 --batch 8 --sample_steps 1 --out second")
+    for dit_folder, stage in (("first", "vmae"), ("second", "vmae-tuned")):
+        theirs, ours = read(f"{dit_folder}/ckpt.pt")["ae"], read(out / stage / "ckpt.pt")
+        assert all(torch.equal(theirs["model"][key], ours["model"][key]) for key in ours["model"])
+    first, tuned = (read(out / stage / "ckpt.pt")["model"] for stage in ("vmae", "vmae-tuned"))
+    assert not torch.equal(first["from_latent.weight"], tuned["from_latent.weight"])
+
+
+def test_a_numbered_file_of_the_first_stage_starts_the_last_one(tmp_path):
+    out, tuned = tmp_path / "first", tmp_path / "tuned"
+    run(train_ae, "--out", out, TINY_VIT, "--steps 5 --keep_every 2")
+    assert sorted(path.name for path in out.glob("ckpt-*")) == [
+        "ckpt-0000002.pt",
+        "ckpt-0000004.pt",
+    ]
+    kept, last = read(out / "ckpt-0000002.pt"), read(out / "ckpt.pt")
+    # No optimiser, and the weights of that step
+    assert kept["step"] == 2 and "optimizer" not in kept and "optimizer" in last
+    assert not torch.equal(kept["model"]["to_latent.weight"], last["model"]["to_latent.weight"])
+    run(train_ae, "--out", tuned, "--tune_decoder --init", out / "ckpt-0000002.pt", "--steps 1")
+    assert torch.equal(
+        read(tuned / "ckpt.pt")["model"]["to_latent.weight"], kept["model"]["to_latent.weight"]
+    )
 
 
 def test_a_tuned_decoder_keeps_the_deterministic_latent_of_its_first_stage(tmp_path):
     first, tuned = tmp_path / "first", tmp_path / "tuned"
     run(train_ae, "--out", first, TINY_VIT, "--steps 1 --kl 0")
-    flags = (TINY_VIT, "--tune_decoder --ckpt_every 1 --schedule constant")
-    run(train_ae, "--out", tuned, "--init", first / "ckpt.pt", *flags, "--steps 1")
+    flags = "--tune_decoder --ckpt_every 1 --schedule constant --steps 1"
+    run(train_ae, "--out", tuned, "--init", first / "ckpt.pt", flags)
     assert ae.load(tuned / "ckpt.pt").deterministic
     run(train_ae, "--out", tuned, "--resume --tune_decoder --steps 2")
     assert ae.load(tuned / "ckpt.pt").deterministic
@@ -404,7 +434,10 @@ def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae):
     assert "other sizes" in message and "'hidden_size': 32" in message
     message = fails(train_ae, "--out", out, "--init", tiny_vmae, "--model ae", TINY_CONV)
     assert "other sizes" in message
-    assert "--init" in fails(train_ae, "--out", out, "--tune_decoder")
+    run(train_ae, "--out", tmp_path / "ae", "--model ae", TINY_CONV, "--steps 1")
+    start = ("--tune_decoder --init", tmp_path / "ae" / "ckpt.pt")
+    assert "another model" in fails(train_ae, "--out", out, *start)
+    assert "not a flag" in fails(train_ae, "--out", out, "--tune_decoder --depth 1")
 
 
 def test_masks_without_a_label_are_one_sentence(tmp_path, tiny_vmae, folder):

@@ -304,7 +304,7 @@ def test_compiled_training_is_eager_training(tmp_path, model, tiny_vmae):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     flags = (f"{tiny(model)} {SMALL} --steps 6 --seed 1",)
     if model == "tune":
-        flags = (f"{tiny('vmae')} {SMALL} --steps 6 --lr 1e-3 --tune_decoder --init", tiny_vmae)
+        flags = (f"{SMALL} --steps 6 --lr 1e-3 --tune_decoder --init", tiny_vmae)
     run(train_ae, "--out", eager, *flags)
     run(train_ae, "--out", compiled, *flags, "--compile 1")
     assert difference(eager, compiled) < 1e-4

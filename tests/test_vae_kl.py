@@ -106,7 +106,10 @@ if __name__ == "__main__":
     images = train_ae.Images(sys.argv[1])
     for name, crop in (
         ("random crops, as in training", functools.partial(train_ae.augment, 256, 0)),
-        ("the paper's crop, on which it is judged", functools.partial(train_ae.crop_for_judging, 256)),
+        (
+            "the paper's crop, on which it is judged",
+            functools.partial(train_ae.crop_for_judging, 256),
+        ),
     ):
         variances = spectrum(images, crop)
         print(
