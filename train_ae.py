@@ -20,6 +20,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as transforms
+from tqdm import tqdm
 
 import ae
 import fid
@@ -538,6 +540,13 @@ def draw_reconstructions(net, x, run):
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # end a training run after its step
 
+# Dense products in bfloat16 that GPUs can do, in TFLOP/s, from their makers' data sheets.
+PEAKS = {
+    **{"A10": 125, "A30": 165, "A40": 150, "A100": 312, "RTX A6000": 155, "RTX 3090": 71},
+    **{"L4": 121, "L40": 181, "L40S": 362, "RTX 6000 Ada": 364, "RTX 4090": 165},
+    **{"H100": 989, "H100 PCIe": 756, "H200": 989, "B200": 2250, "RTX 5090": 209},
+}
+
 # Flags that may differ from those of the run that --resume goes on with.
 FREE_ON_RESUME = {
     *("data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers"),
@@ -735,6 +744,12 @@ def gflops(module, *inputs, method="forward"):
         return count_flops(lambda: getattr(module, method)(*inputs)) / 1e9
 
 
+def peak_of(gpu):
+    """Dense bfloat16 FLOP/s of a GPU by its name, such as "NVIDIA A100-SXM4-40GB", or None."""
+    names = [name for name in PEAKS if re.search(rf"\b{name}\b(?! Laptop)", gpu)]
+    return PEAKS[max(names, key=len)] * 1e12 if names else None
+
+
 def missing_for_compile(device):
     """What torch.compile needs on this device and does not find, or None."""
     if device != "cpu" and importlib.util.find_spec("triton") is None:
@@ -783,8 +798,8 @@ class Run:
                 warn(f"torch.compile needs {missing}, which is not here: training goes on without")
 
     def introduce(self, images, net, training_flops):
-        """Print the settings in force, the data, the network and its cost."""
-        args = self.args
+        """Print the settings in force, the data, the network and its cost per image in training."""
+        args, self.training_flops = self.args, training_flops
         print("demo settings (no --data given)" if args.data is None else "paper settings")
         print("  ".join(f"{name} {value}" for name, value in settings(args).items()))
         print(
@@ -923,15 +938,17 @@ class Run:
             terms = dict(zip(names, values, strict=True)) | {"lr": lr}
             speed = (self.done - self.clock[1]) * self.args.batch / (time.time() - self.clock[0])
             left = int((self.args.steps - self.done) * self.args.batch / speed)
+            usage = self.usage_of_gpu(speed)
             print(
                 f"step {self.done}/{self.args.steps}",
                 *(f"{name} {value:.4g}" for name, value in terms.items()),
                 f"{speed:.0f} images/s",
+                *(f"{name} {value:.3g}" for name, value in usage.items()),
                 f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
                 sep="  ",
                 flush=True,
             )
-            line = {"step": self.done, **terms}
+            line = {"step": self.done, **terms, **usage}
             line |= {"images_per_s": round(speed, 1), "seconds_left": left}
             try:
                 with open(self.log_path, "a") as file:
@@ -939,6 +956,19 @@ class Run:
             except OSError as error:
                 warn(error)
         self.start_clock()
+
+    def usage_of_gpu(self, speed):
+        """MFU, the share of the GPU's bfloat16 peak that training makes of it, and GiB at most.
+
+        speed: images per second, of all processes. Empty on a CPU; no MFU of a GPU not in PEAKS.
+        """
+        if self.device == "cpu":
+            return {}
+        usage = {"GiB": torch.cuda.max_memory_allocated(self.device) / 2**30}
+        peak = peak_of(torch.cuda.get_device_name(self.device))
+        if peak:
+            usage["MFU"] = speed * self.training_flops / (self.world * peak)
+        return usage
 
     # ---- After the step ----
 
@@ -1274,12 +1304,12 @@ def evaluate(args):
         size = net.image_size if net.masked else args.image_size or net.image_size
         size = size or (32 if images.digits else 256)
         name = name_of(path, [row["autoencoder"] for row in rows])
-        judge = Judge(net, size, images, args, device)
+        judge = Judge(name, net, size, images, args, device)
         std, segments_found = judge.latents(masks)
         quality = judge.reconstructions(std, lpips, inception)
         if masks:
             quality |= judge.compression(std, segments_found)
-        preview = judge.draw(name, std)
+        preview = judge.draw(std)
         crop = "ADM" if args.adm_crop else "paper"
         row = {"autoencoder": name, "pixels": size, "crop": crop}
         rows.append(row | judge.cost(preview) | quality)
@@ -1341,8 +1371,8 @@ def print_table(rows):
 class Judge:
     """Measures one autoencoder on images of size x size pixels, shared out over the processes."""
 
-    def __init__(self, net, size, images, args, device):
-        self.net, self.images, self.args, self.device = net, images, args, device
+    def __init__(self, name, net, size, images, args, device):
+        self.name, self.net, self.images, self.args, self.device = name, net, images, args, device
         if args.adm_crop:
             self.crop = functools.partial(crop_and_flip, size, False)
         else:
@@ -1352,12 +1382,13 @@ class Judge:
         indices = torch.arange(len(images)).split(args.micro_batch)[self.rank :: self.world]
         self.indices = [part.tolist() for part in indices]
 
-    def batches(self):
-        """Yields the indices of a micro-batch and its images (B, 3, S, S)."""
+    def batches(self, title):
+        """Yields the indices of a micro-batch and its images (B, 3, S, S); title: of the bar."""
         dataset = Batches(self.images, self.crop, tolerate=0)
         keys = [[(index, 0, False) for index in part] for part in self.indices]
         batches = load_batches(dataset, keys, self.args.workers, self.device)
-        for part, (x, _) in zip(self.indices, batches, strict=True):
+        parts = tqdm(self.indices, f"{self.name}, {title}", unit="batch", disable=self.rank > 0)
+        for part, (x, _) in zip(parts, batches, strict=True):
             yield part, x
 
     def latents(self, masks):
@@ -1367,7 +1398,7 @@ class Judge:
         """
         sums = torch.zeros(3, self.net.latent_dim, dtype=torch.float64, device=self.device)
         found = []
-        for indices, x in self.batches():
+        for indices, x in self.batches("latents"):
             for index, z in zip(indices, self.net.encode(x).mode(), strict=True):
                 sums += fid.power_sums(z.flatten(1))
                 files = masks.get(image_name(self.images.files[index]), []) if masks else []
@@ -1398,7 +1429,7 @@ class Judge:
         }
         real = fid.Statistics(2048, self.device)
         decoded = [fid.Statistics(2048, self.device) for _ in EPS]
-        for indices, x in self.batches():
+        for indices, x in self.batches("reconstructions"):
             original = self.to_bytes(x)
             if inception:
                 real.update(inception(original)[0])
@@ -1440,13 +1471,13 @@ class Judge:
         labels, sums = zip(*found, strict=True)
         return fid.compression(labels, torch.stack(sums), std.cpu())
 
-    def draw(self, name, std):
+    def draw(self, std):
         """Save a picture of ten images with noise on their latents; returns the images."""
         x = preview_images(self.images, self.crop, self.args.workers, self.device)
         columns = [ae.to_uint8(image) for image in [x, *self.perturbed(x, std, range(len(x)))]]
         if self.rank == 0:
             titles = ["original", *(f"eps {eps:g}" for eps in EPS)]
-            path = os.path.join(self.args.out, f"{name}.png")
+            path = os.path.join(self.args.out, f"{self.name}.png")
             ae.save_grid(path, np.stack(columns, 1), [""] * len(x), titles)
         return x
 

@@ -4,6 +4,7 @@
     python train_dit.py --data DIR --ae vmae.pth           own images, the paper's settings
     torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae vmae.pth --cache latents
     python train_dit.py --data DIR --resume                go on from the last checkpoint
+    python train_dit.py --data DIR --init dit.pt           fine-tune a trained DiT
 
 Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png into --out.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import ae
 import dit
@@ -45,6 +47,7 @@ from train_ae import (
 PAPER = COMMON | dict(
     ae="out/vmae-tuned/ckpt.pt",
     cache=None,
+    init=None,
     out="out/dit",
     ckpt_every=5000,  # [O]
     keep_every=20_000,  # [R]
@@ -68,6 +71,7 @@ PAPER = COMMON | dict(
     shift=dit.SAMPLING["shift"],
 )
 STEPS_OF_A_SINGLE_CLASS = 60_000  # [S] CelebA-HQ
+STATISTICS = ("latent_mean", "latent_std")  # per channel, in checkpoints
 
 # What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
 DEMO = PAPER | dict(
@@ -109,6 +113,7 @@ def parse_args():
     parser, add = new_parser(__doc__, {"": DEMO}, {"": PAPER})
     add("--ae", help="checkpoint of the autoencoder; without a tuned one that of the first stage")
     add("--cache", help="folder for the moments of all images")
+    add("--init", help="DiT to start from, of ours or LightningDiT's; ours brings its autoencoder")
     add("--out", help="folder for checkpoint, log and pictures")
     add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
 
@@ -163,8 +168,20 @@ def train(args, ckpt):
     if ckpt and finished(args, ckpt, images):
         return
 
+    # The DiT to start from: one of ours brings its size, its autoencoder and the latents' statistics.
+    start, brought = None, {}
+    if args.init and not ckpt:
+        start, brought = dit.load(args.init)
+    ours = brought.get("kind") == "dit"
+    if ours and "model" not in args.given:
+        args.model = brought["dit_config"]["name"]
+    keeps_latents = ours and "ae" not in args.given
+
     # The frozen autoencoder, and the shape of its latents.
-    autoencoder = ae.from_checkpoint(ckpt["ae"]) if ckpt else ae.load(args.ae)
+    if ckpt or keeps_latents:
+        autoencoder = ae.from_checkpoint((ckpt or brought)["ae"])
+    else:
+        autoencoder = ae.load(args.ae)
     if not ckpt and "image_size" not in args.given:
         args.image_size = autoencoder.image_size or args.image_size
         if args.data and args.image_size < PAPER["image_size"] and rank_and_world()[0] == 0:
@@ -176,6 +193,20 @@ def train(args, ckpt):
     run = Run(args)
     autoencoder.to(run.device).requires_grad_(False)
 
+    # The network.
+    torch.manual_seed(args.seed)  # weights start the same in every process
+    config = {
+        "input_size": args.latent_shape[1],
+        "in_channels": args.latent_shape[0],
+        "num_classes": num_classes,
+        "qk_norm": bool(args.qk_norm),
+        "class_dropout_prob": args.class_dropout,
+    }
+    net = dit.DiT_models[args.model](**config)
+    if start:
+        start_from(net, start, args.init, brought.get("class_names"), images.classes)
+    net.to(run.device)
+
     # Where posteriors come from: moments that a cache holds, or images that are encoded on the fly.
     dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
     posterior_of = functools.partial(encode, autoencoder, args.micro_batch)
@@ -185,32 +216,20 @@ def train(args, ckpt):
         cache.fill(posterior_of, dataset, run)
         dataset = cache
         posterior_of = functools.partial(ae.Posterior, deterministic=autoencoder.deterministic)
-    if ckpt:
-        latent_mean, latent_std = (
-            ckpt["latent_mean"].to(run.device),
-            ckpt["latent_std"].to(run.device),
-        )
+    if ckpt or keeps_latents:
+        statistics = [(ckpt or brought)[name].to(run.device) for name in STATISTICS]
     else:
-        latent_mean, latent_std = latent_statistics(dataset, posterior_of, len(images), run)
-    latent_mean, latent_std = latent_mean.view(-1, 1, 1), latent_std.view(-1, 1, 1)
+        statistics = latent_statistics(dataset, posterior_of, len(images), run)
+    latent_mean, latent_std = (values.view(-1, 1, 1) for values in statistics)
 
-    # The network, the average of its weights, the optimiser.
-    torch.manual_seed(args.seed)  # weights start the same in every process
-    config = {
-        "input_size": args.latent_shape[1],
-        "in_channels": args.latent_shape[0],
-        "num_classes": num_classes,
-        "qk_norm": bool(args.qk_norm),
-        "class_dropout_prob": args.class_dropout,
-    }
-    net = dit.DiT_models[args.model](**config).to(run.device)
+    # The average of the weights, the optimiser.
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=0, fused=True)
     if run.rank == 0:
         run.introduce(images, net, training_flops(net, args.latent_shape))
     run.begin(ckpt, model=net, ema=ema, optimizer=optimizer)
-    del ckpt
+    del ckpt, start, brought
     if run.compiled:
         torch._dynamo.config.optimize_ddp = False  # as in train_ae.compile_for_training
         net.compile(dynamic=False)
@@ -269,6 +288,35 @@ def train(args, ckpt):
         if run.ending:
             break
     run.finish("samples.png")
+
+
+def start_from(net, start, path, their_classes, classes):
+    """Give net the weights of start, the DiT in the file `path`.
+
+    The embeddings of classes are taken over if the classes are the same, by name and order, or by
+    number where the file has no names (None); else they stay new, and only the null class is taken
+    over. Raises UserError if the sizes differ.
+    """
+    table = "y_embedder.embedding_table.weight"
+    old, new = start.state_dict(), net.state_dict()
+    old_table, new_table = old.pop(table), new.pop(table)
+    if {k: v.shape for k, v in old.items()} != {k: v.shape for k, v in new.items()}:
+        raise UserError(
+            f"--init {path} is a DiT of other sizes than the flags say, or of other latents (its have "
+            f"{start.in_channels} channels on a grid of {start.grid}, here they have "
+            f"{net.in_channels} on {net.grid}): check --model, --qk_norm, --ae and --image_size"
+        )
+    same = their_classes in (None, classes) and old_table.shape == new_table.shape
+    if same:
+        new_table = old_table
+    elif start.class_dropout_prob > 0 and net.class_dropout_prob > 0:
+        new_table[-1] = old_table[-1]
+    net.load_state_dict(old | {table: new_table})
+    if rank_and_world()[0] == 0:
+        print(
+            f"starting from {path}, "
+            + ("its classes are these" if same else "with new embeddings for other classes")
+        )
 
 
 @torch.no_grad()
@@ -386,7 +434,8 @@ class Cache:
             for j in range(0, len(shard), size)
         ]
         batches = load_batches(dataset, keys, run.args.workers, run.device)
-        for written, (k, shard) in enumerate(shards.items(), 1):
+        bar = tqdm(total=len(keys), desc="latents", unit="batch", disable=run.rank > 0 or not keys)
+        for k, shard in shards.items():
             moments, labels = [], []
             while sum(map(len, labels)) < len(shard):
                 x, y = next(batches)
@@ -400,11 +449,12 @@ class Cache:
                     )
                 moments.append(pair.cpu().numpy())
                 labels.append(y.cpu().numpy())
+                bar.update()
             # The moments come last: where they are, the shard is complete.
             for kind, parts in (("labels", labels), ("moments", moments)):
                 with ae.whole_file(self.path(kind, k)) as file:
                     np.save(file, np.concatenate(parts))
-            print(f"cached shard {written} of {len(missing)} (rank {run.rank})", flush=True)
+        bar.close()
         if run.world > 1:
             dist.barrier()
 
@@ -473,6 +523,7 @@ def latent_statistics(dataset, posterior_of, n, run):
     keys = [[(index, 0, False) for index in chunks[k]] for k in mine]
     sums = torch.zeros(3, run.args.latent_shape[0], dtype=torch.float64, device=run.device)
     batches = load_batches(dataset, keys, run.args.workers, run.device)
+    mine = tqdm(mine, "latent statistics", unit="batch", disable=run.rank > 0)
     for k, (x, _) in zip(mine, batches, strict=True):
         posterior = posterior_of(x)
         draw = run.generator(k, 2)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,27 @@ def test_gflops_are_those_of_the_paper_s_models():
     b = dit.DiT_models["DiT-B/1"](input_size=32, in_channels=16, num_classes=1000)
     x, t, y = torch.zeros(1, 16, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     assert abs(train_ae.gflops(b, x, t, y) - 212.7) < 0.5
+
+
+def test_mfu_is_the_model_s_flops_over_the_gpu_s_peak(monkeypatch):
+    for name, peak in (
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ):
+        assert train_ae.peak_of(name) == peak
+    run = SimpleNamespace(device="cuda:1", world=8, training_flops=638e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    usage = train_ae.Run.usage_of_gpu(run, speed=2000.0)
+    assert usage == {"GiB": 3, "MFU": 2000 * 638e9 / (8 * 312e12)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-16GB")
+    assert train_ae.Run.usage_of_gpu(run, speed=2000.0) == {"GiB": 3}
 
 
 def test_pictures_have_a_row_for_each_thing_shown(tiny_vmae, tiny_dit):
@@ -470,6 +492,63 @@ def test_the_cache_of_digits_has_no_flips(tmp_path, tiny_vmae):
     run(train_dit, "--ae", tiny_vmae, *flags, "--steps 1 --sample_steps 1")
     cache = train_dit.Cache(tmp_path / "cache", train_ae.Images(None))
     assert torch.equal(cache[[(7, 0, True)]][0], cache[[(7, 0, False)]][0])
+
+
+# ---- fine-tuning, numbered files ----
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def test_a_dit_that_starts_from_another_has_its_weights_autoencoder_and_statistics(
+    tmp_path, tiny_dit, capsys
+):
+    flags = (SMALL, "--steps 1 --lr 0 --sample_steps 2")
+    run(train_dit, "--out", tmp_path, "--init", tiny_dit, *flags)
+    assert "its classes are these" in capsys.readouterr().out
+    old, new = read(tiny_dit), read(tmp_path / "ckpt.pt")
+    for key, value in old["ema"].items():
+        assert torch.equal(new["model"][key], value) and torch.equal(new["ema"][key], value), key
+    for key, value in old["ae"]["model"].items():
+        assert torch.equal(new["ae"]["model"][key], value)
+    for name in train_dit.STATISTICS:
+        assert torch.equal(new[name], old[name])
+
+
+def test_other_classes_get_new_embeddings_but_for_the_null_class(
+    tmp_path, tiny_dit, folder, capsys
+):
+    flags = ("--data", folder, SMALL, "--workers 0 --steps 1 --lr 0 --sample_steps 2")
+    run(train_dit, "--out", tmp_path, "--init", tiny_dit, *flags)
+    assert "new embeddings for other classes" in capsys.readouterr().out
+    old, new = read(tiny_dit)["ema"], read(tmp_path / "ckpt.pt")["model"]
+    assert old[TABLE].shape[0] == 11 and new[TABLE].shape[0] == 4
+    assert torch.equal(new[TABLE][-1], old[TABLE][-1])
+    assert not torch.equal(new[TABLE][0], old[TABLE][0])
+    assert all(torch.equal(new[key], old[key]) for key in old if key != TABLE)
+
+
+def test_fine_tuning_refuses_other_sizes_and_other_latents(tmp_path, tiny_dit, folder):
+    start = ("--out", tmp_path / "out", "--init", tiny_dit)
+    assert "other sizes" in fails(train_dit, *start, "--qk_norm 0")
+    run(train_ae, "--out", tmp_path, TINY_VIT, "--latent_dim 4 --steps 1")
+    message = fails(train_dit, *start, "--ae", tmp_path / "ckpt.pt")
+    assert "its have 8 channels on a grid of 4, here they have 4 on 4" in message
+
+
+def test_numbered_files_of_a_dit_are_enough_to_draw_from(tmp_path, tiny_vmae):
+    flags = (SMALL, "--steps 4 --keep_every 2 --sample_steps 2")
+    run(train_dit, "--out", tmp_path, "--ae", tiny_vmae, *flags)
+    kept = sorted(tmp_path.glob("ckpt-*"))
+    assert [path.name for path in kept] == ["ckpt-0000002.pt", "ckpt-0000004.pt"]
+    files = [read(path) for path in (*kept, tmp_path / "ckpt.pt")]
+    assert all(file.keys() & {"model", "optimizer"} == set() for file in files[:2])
+    weights = [file["ema"]["final_layer.linear.weight"] for file in files]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    for path in (*kept, tmp_path / "ckpt.pt"):
+        run(sample, "--ckpt", path, "--out", tmp_path / path.stem, "--steps 2 --columns 1")
+    grids = [tmp_path / path.stem / "samples.png" for path in (*kept, tmp_path / "ckpt.pt")]
+    first, second, last = [grid.read_bytes() for grid in grids]
+    assert second == last != first
 
 
 def test_each_access_draws_a_fresh_posterior_sample(tiny_vmae):
