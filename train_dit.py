@@ -380,7 +380,8 @@ class Cache:
     """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
 
     Shards of 4,096 images: moments-00000.npy (n, 2, 2C, h, w), where [:, 1] are the flips', and
-    labels-00000.npy (n,). It takes the place of Batches.
+    labels-00000.npy (n,). It takes the place of Batches. Rounding to 16 bit moves a latent by less
+    than 0.001 of its channel's std (rms) and the posterior's std by 0.1%.
     """
 
     shard = 4096
