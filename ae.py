@@ -21,10 +21,12 @@ permutes the patches of each image; the first `keep` of them are visible. `perce
 import argparse
 import contextlib
 import fnmatch
+import importlib.util
 import json
 import math
 import os
 import pickle
+import shutil
 import struct
 import sys
 import time
@@ -887,6 +889,18 @@ def choose_device(name):
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
     return name
+
+
+def missing_for_compile(device):
+    """What torch.compile needs on this device and does not find, or None."""
+    if device != "cpu" and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if device != "cpu":
+        compilers = [os.environ.get("CC"), "gcc", "clang", "cc", "cl"]
+    if not any(shutil.which(name) for name in compilers if name):
+        return "a C++ compiler" if device == "cpu" else "a C compiler"
+    return None
 
 
 def make_folder(path):

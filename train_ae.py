@@ -15,12 +15,10 @@ import copy
 import datetime
 import functools
 import glob
-import importlib.util
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -38,7 +36,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import fid
-from ae import SWITCH, UserError, at_least, fraction, rank_and_world, warn
+from ae import (
+    SWITCH,
+    UserError,
+    at_least,
+    fraction,
+    missing_for_compile,
+    rank_and_world,
+    warn,
+)
 
 # ---- Recipes: what each autoencoder is trained with ----
 #
@@ -702,18 +708,6 @@ def gflops(module, *inputs, method="forward"):
     module, inputs = copy.deepcopy(module).to("meta"), [x.to("meta") for x in inputs]
     with torch.no_grad():
         return count_flops(lambda: getattr(module, method)(*inputs)) / 1e9
-
-
-def missing_for_compile(device):
-    """What torch.compile needs on this device and does not find, or None."""
-    if device != "cpu" and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
-    if device != "cpu":
-        compilers = [os.environ.get("CC"), "gcc", "clang", "cc", "cl"]
-    if not any(shutil.which(name) for name in compilers if name):
-        return "a C++ compiler" if device == "cpu" else "a C compiler"
-    return None
 
 
 class Run:

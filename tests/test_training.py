@@ -320,7 +320,7 @@ def test_compiled_training_in_two_processes_is_eager_training(tmp_path):
 
 
 def test_without_a_compiler_training_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_ae.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ae.shutil, "which", lambda name: None)
     run(train_ae, "--out", tmp_path, TINY_VIT, SMALL, "--steps 1 --compile 1")
     output = capsys.readouterr()
     assert output.err.count("torch.compile needs a C++ compiler") == 1
@@ -338,8 +338,8 @@ def test_a_gpu_s_defaults_are_what_it_can_do(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(train_ae.importlib.util, "find_spec", lambda name: triton or None)
-    monkeypatch.setattr(train_ae.shutil, "which", lambda name: name)
+    monkeypatch.setattr(ae.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(ae.shutil, "which", lambda name: name)
     monkeypatch.setattr(sys, "argv", ["train_ae.py", "--out", str(tmp_path / "out")])
     args, _ = train_ae.parse_args()
     training = train_ae.Run(args)
