@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import ae
 import dit
-from ae import UserError, at_least, fraction
+from ae import SWITCH, UserError, at_least, fraction
 
 SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]  # the ImageNet classes of the authors' release
 DECODED_AT_ONCE = 16  # images: a convolutional decoder takes 200 MiB for each
@@ -61,6 +61,8 @@ def parse_args():
     add("--shift", type=at_least(1e-9), help="of the time grid, below 1 towards the noise (0.3)")
     add("--batch", type=at_least(1), default=64, help="pictures per process at once (default: 64)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the DiT's products (default: float32)")
+    add("--compile", **SWITCH, help="torch.compile the DiT (default: 0)")
 
     add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
     add("--ae", help="checkpoint of the autoencoder")
@@ -169,6 +171,7 @@ def claim_parts(folder, source, args, classes):
         "labels": classes,
         "ae": args.ae,
         "stats": args.stats,
+        "bfloat16": source.bfloat16,
         **source.settings,
     }
     path = os.path.join(folder, "settings.json")
@@ -212,6 +215,7 @@ class Source:
     latent_mean: torch.Tensor  # (C, 1, 1)
     latent_std: torch.Tensor  # (C, 1, 1)
     class_names: list
+    bfloat16: bool  # in the DiT's products; the Euler state and the decoder stay float32
     settings: dict  # keyword arguments of dit.sample
 
     @classmethod
@@ -235,8 +239,18 @@ class Source:
             )
 
         settings = settings_of(args, info, guided=model.class_dropout_prob > 0)
+        if args.compile:
+            missing = ae.missing_for_compile(device)
+            if not missing:
+                model.compile(dynamic=False)
+            elif ae.rank_and_world()[0] == 0:
+                ae.warn(
+                    f"torch.compile needs {missing}, which is not here: sampling goes on eagerly"
+                )
         names = info.get("class_names", [""] * model.num_classes)
-        return cls(*(part.to(device) for part in (model, autoencoder, mean, std)), names, settings)
+        bfloat16 = args.dtype == "bfloat16"
+        parts = (part.to(device) for part in (model, autoencoder, mean, std))
+        return cls(*parts, names, bfloat16, settings)
 
     @torch.no_grad()
     def draw(self, indices, seed, batch, labels=None, classes=None):
@@ -260,7 +274,9 @@ class Source:
         for some_noise, some_y in tqdm(
             batches, "drawing", unit="batch", leave=False, disable=quiet
         ):
-            z = dit.sample(self.model, some_noise.to(device), some_y.to(device), **self.settings)
+            some_noise, some_y = some_noise.to(device), some_y.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+                z = dit.sample(self.model, some_noise, some_y, **self.settings)
             for part in (z * self.latent_std + self.latent_mean).split(DECODED_AT_ONCE):
                 images.append(ae.to_uint8(self.autoencoder.decode(part)))
         return np.concatenate(images), y.numpy()

@@ -601,6 +601,58 @@ def test_weights_of_others_are_drawn_with_ae_and_stats(tmp_path, tiny_vmae, tiny
     assert np.array_equal(a, b)
 
 
+def test_bfloat16_rounds_the_products_of_the_dit_and_nothing_else(tmp_path, tiny_dit, monkeypatch):
+    forward, decode, seen = dit.DiT.forward, ae.VMAE.decode, set()
+
+    def watched_forward(model, x, t, y):
+        v = forward(model, x, t, y)
+        seen.add(("dit", x.dtype, v.dtype))
+        return v
+
+    def watched_decode(autoencoder, z):
+        images = decode(autoencoder, z)
+        seen.add(("decoder", z.dtype, images.dtype))
+        return images
+
+    monkeypatch.setattr(dit.DiT, "forward", watched_forward)
+    monkeypatch.setattr(ae.VMAE, "decode", watched_decode)
+    float32, images = torch.float32, {}
+    for dtype in (float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        flags = () if dtype == float32 else ("--dtype", name)
+        seen.clear()
+        run(sample, "--out", tmp_path / name, "--ckpt", tiny_dit, *flags, "--num 6")
+        assert seen == {("dit", float32, dtype), ("decoder", float32, float32)}
+        images[name] = np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int)
+    levels = np.abs(images["float32"] - images["bfloat16"])
+    assert 0 < levels.mean() < 1
+
+
+def test_a_dit_is_compiled_on_request_or_said_not_to_be(tmp_path, tiny_dit, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(dit.DiT, "compile", lambda model, **flags: compiled.append(flags))
+    flags = ("--out", tmp_path, "--ckpt", tiny_dit, "--labels 1 --columns 1 --steps 1")
+    run(sample, *flags)
+    assert not compiled
+    run(sample, *flags, "--compile 1")
+    assert len(compiled) == 1
+    monkeypatch.setattr(ae.shutil, "which", lambda name: None)
+    run(sample, *flags, "--compile 1")
+    output = capsys.readouterr()
+    assert len(compiled) == 1 and output.out.count("wrote") == 3
+    assert output.err.count("torch.compile needs a C++ compiler") == 1
+
+
+@pytest.mark.slow
+def test_compiled_sampling_is_eager_sampling(tmp_path, tiny_dit):
+    flags = ("--ckpt", tiny_dit, "--steps 4 --num 6 --batch 4 --cfg_start 0.5 --cfg_scale 3")
+    run(sample, "--out", tmp_path / "eager", *flags)
+    run(sample, "--out", tmp_path / "compiled", *flags, "--compile 1")
+    files = [np.load(tmp_path / name / "samples.npz") for name in ("eager", "compiled")]
+    images = [file["arr_0"].astype(int) for file in files]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
 # ---- wrong input: one sentence, exit 1 ----
 
 
