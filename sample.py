@@ -1,7 +1,8 @@
 """Draw pictures from a trained DiT (supplement, section B.2 and figures I, II).
 
     python sample.py                                             the demo's digits, a row per class
-    python sample.py --ckpt out/dit/ckpt.pt --labels 130 88      a grid of two classes
+    python sample.py --ckpt out/dit/ckpt.pt                      of ImageNet: figure II
+    python sample.py --ckpt out/dit/ckpt.pt --labels 88 vase     a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  others' files
 
@@ -12,8 +13,10 @@ torchrun from taking --num for an abbreviation of a flag of its own.)
 import argparse
 import dataclasses
 import datetime
+import difflib
 import json
 import os
+import re
 import shutil
 import zipfile
 
@@ -26,7 +29,8 @@ import ae
 import dit
 from ae import SWITCH, UserError, at_least, fraction
 
-SHOWCASE = [975, 3, 207, 387, 388, 88, 979, 279]  # the ImageNet classes of the authors' release
+# The ImageNet classes of figure II, from flamingo to vase.
+FIGURE_II = [130, 88, 250, 705, 947, 975, 952, 883]
 DECODED_AT_ONCE = 16  # images: a convolutional decoder takes 200 MiB for each
 SAMPLES_PER_PART = 256  # in a file of an unfinished samples.npz
 
@@ -46,7 +50,7 @@ def parse_args():
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="the DiT's checkpoint (default: the demo's)")
     add("--num", type=at_least(1), help="draw this many into samples.npz, not a grid")
-    add("--labels", nargs="+", help="classes, such as 130 88 (default: all, in a grid ten)")
+    add("--labels", nargs="+", help="classes, such as 88 vase (default: all, in a grid up to ten)")
     add("--columns", type=at_least(1), default=8, help="pictures per class in a grid (default: 8)")
     add("--seed", type=at_least(0), default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
@@ -76,35 +80,81 @@ def main():
         device = ae.choose_device(args.device)
         source = Source.load(args, device)
         out = args.out or os.path.dirname(args.ckpt) or "."
-        labels = parse_labels(args.labels, len(source.class_names))
+        names = names_in_words(source.class_names)
+        labels = parse_labels(args.labels, names)
         ae.make_folder(out)
         if args.num is not None:
             write_npz(source, args, out, labels)
         elif ae.rank_and_world()[0] == 0:
-            draw_grid(source, args, out, labels)
+            draw_grid(source, args, out, labels, names)
     except UserError as error:
         ae.exit_with(error)
 
 
-def parse_labels(words, num_classes):
-    """The classes that --labels names, such as 130 88 or 130,88; None if it is not given."""
+def is_imagenet(class_names):
+    """Whether they are ImageNet's 1,000 classes: WNIDs, such as n02007558, or 1,000 without names."""
+    return len(class_names) == 1000 and all(re.fullmatch(r"(n\d{8})?", x) for x in class_names)
+
+
+def names_in_words(class_names):
+    """The names as people read them: torchvision's for ImageNet, else those of the data's folders."""
+    if not is_imagenet(class_names):
+        return class_names
+    from torchvision.models import ResNet50_Weights  # here, because it takes seconds
+
+    names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    return [name[0].upper() + name[1:] for name in names]
+
+
+def caption(names, label):
+    """A class as in figure II, "Flamingo (130)"; the number alone if it has no other name."""
+    return str(label) if names[label] in ("", str(label)) else f"{names[label]} ({label})"
+
+
+def parse_labels(words, names):
+    """The classes that --labels names, such as 88 vase or 88,vase; None if it is not given.
+
+    Raises UserError for a number or name that no class has, and for a name that several have.
+    """
     if words is None:
         return None
-    words = [word.strip() for word in ",".join(words).split(",")]
-    if not all(word.isdecimal() and int(word) < num_classes for word in words):
-        raise UserError(
-            f"--labels takes class numbers, such as 3 7: this model has classes 0 to {num_classes - 1}"
-        )
-    return [int(word) for word in words]
+    by_name = {}
+    for label, name in enumerate(names):
+        by_name.setdefault(name.lower(), []).append(label)
+    by_name.pop("", None)
+
+    def captions(labels):
+        return ", ".join(caption(names, label) for label in labels)
+
+    labels = []
+    for word in ",".join(words).split(","):
+        word = word.strip()
+        found = by_name.get(word.lower(), [])
+        if word.isdecimal():  # never a name, even where folders are called 1, 2, 3
+            found = [int(word)] if int(word) < len(names) else []
+        if len(found) > 1:
+            raise UserError(
+                f"--labels {word} is the name of several classes, {captions(found)}: give a number"
+            )
+        if not found:
+            near = difflib.get_close_matches(word.lower(), by_name, n=5, cutoff=0.5)
+            near = [label for name in near for label in by_name[name]]
+            raise UserError(
+                f"--labels takes class numbers or names, and {word!r} is none of this model's "
+                f"classes 0 to {len(names) - 1}"
+                + (f"; the nearest names are {captions(near)}" if near else "")
+            )
+        labels += found
+    return labels
 
 
-def draw_grid(source, args, out, labels):
+def draw_grid(source, args, out, labels, names):
     """samples.png: a row per class, or eight rows of the only class."""
-    num_classes = len(source.class_names)
+    num_classes = len(names)
     if num_classes == 1:
         labels = [0] * 8
-    elif labels is None and num_classes == 1000:
-        labels = SHOWCASE
+    elif labels is None and is_imagenet(source.class_names):
+        labels = FIGURE_II
     elif labels is None:
         count = min(num_classes, 10)
         labels = [i * num_classes // count for i in range(count)]  # spread over all
@@ -112,14 +162,9 @@ def draw_grid(source, args, out, labels):
     indices = range(len(labels_of_samples))
     images, _ = source.draw(indices, args.seed, args.batch, labels=labels_of_samples)
 
-    titles = []
-    for label in labels:
-        number, name = str(label), source.class_names[label]
-        titles.append(number if name == number else f"{number} {name}")
-    if num_classes == 1:
-        titles = [""] * len(labels)
+    captions = [caption(names, label) if num_classes > 1 else "" for label in labels]
     path = os.path.join(out, "samples.png")
-    ae.save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), titles)
+    ae.save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), captions)
     print(f"wrote {path}")
 
 
@@ -214,7 +259,7 @@ class Source:
     autoencoder: ae.Autoencoder
     latent_mean: torch.Tensor  # (C, 1, 1)
     latent_std: torch.Tensor  # (C, 1, 1)
-    class_names: list
+    class_names: list  # the data's folders; "" where the checkpoint does not tell
     bfloat16: bool  # in the DiT's products; the Euler state and the decoder stay float32
     settings: dict  # keyword arguments of dit.sample
 

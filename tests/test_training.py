@@ -601,6 +601,70 @@ def test_weights_of_others_are_drawn_with_ae_and_stats(tmp_path, tiny_vmae, tiny
     assert np.array_equal(a, b)
 
 
+@pytest.fixture(scope="module")
+def of_imagenet(tiny_vmae, tmp_path_factory):
+    """An untrained DiT of 1,000 classes as LightningDiT saves it; the flags to draw from it."""
+    out = tmp_path_factory.mktemp("imagenet")
+    channels, size, _ = ae.load(tiny_vmae).latent_shape(32, 32)
+    net = dit.DiT(size, 1, channels, 32, 1, 2, 1000)
+    torch.save({"ema": net.state_dict()}, out / "ckpt.pt")
+    torch.save({"mean": [0.0] * channels, "std": [1.0] * channels}, out / "stats.pt")
+    paths = ("--ckpt", out / "ckpt.pt", "--ae", tiny_vmae, "--stats", out / "stats.pt")
+    return *paths, "--steps 1 --columns 2"
+
+
+def captions_of_grid(monkeypatch, *flags):
+    """What sample.py writes beside the rows of its grid."""
+    captions, save_grid = [], ae.save_grid
+
+    def watched(path, rows, labels):
+        captions.extend(labels)
+        save_grid(path, rows, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ae, "save_grid", watched)
+        run(sample, *flags)
+    return captions
+
+
+def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, of_imagenet, monkeypatch):
+    flags = ("--out", tmp_path, *of_imagenet)
+    figure = captions_of_grid(monkeypatch, *flags)
+    # The supplement's captions, but for its capitals
+    assert figure == [
+        *("Flamingo (130)", "Macaw (88)", "Siberian husky (250)", "Passenger car (705)"),
+        *("Mushroom (947)", "Lakeside (975)", "Fig (952)", "Vase (883)"),
+    ]
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.height == 8 * 66 and picture.width > 2 * 66 + 100
+    words = "--labels 975 'siberian husky,Macaw' fig"
+    named = ["Lakeside (975)", "Siberian husky (250)", "Macaw (88)", "Fig (952)"]
+    assert captions_of_grid(monkeypatch, *flags, words) == named
+
+    for word, *expected in (
+        ("cardigan", "several classes, Cardigan (264), Cardigan (474)"),
+        ("husky", "'husky' is none of this model's classes 0 to 999", "Siberian husky (250)"),
+        ("Maccaw", "'Maccaw' is none", "the nearest names are Macaw (88)"),
+        ("1000", "'1000' is none"),
+    ):
+        message = fails(sample, *flags, "--labels", word)
+        assert all(part in message for part in expected)
+
+
+def test_names_are_those_of_folders_but_for_imagenet_s_wnids():
+    wnids = [f"n{i:08}" for i in range(1000)]
+    assert sample.names_in_words(wnids)[88] == "Macaw"
+    for folders in (wnids[:999], [f"class {i}" for i in range(1000)], ["rose", ""]):
+        assert sample.names_in_words(folders) == folders
+    flowers = ["lily", "3", "rose", "", "Rose", "tulip"]
+    assert [sample.caption(flowers, label) for label in (0, 1, 3)] == ["lily (0)", "3 (1)", "3"]
+    assert sample.parse_labels(["tulip", "3,LILY"], flowers) == [5, 3, 0]
+    with pytest.raises(ae.UserError, match=r"rose .* rose \(2\), Rose \(4\)"):
+        sample.parse_labels(["rose"], flowers)
+    with pytest.raises(ae.UserError, match="'' is none of this model's classes 0 to 5$"):
+        sample.parse_labels([""], flowers)
+
+
 def test_bfloat16_rounds_the_products_of_the_dit_and_nothing_else(tmp_path, tiny_dit, monkeypatch):
     forward, decode, seen = dit.DiT.forward, ae.VMAE.decode, set()
 
