@@ -208,14 +208,12 @@ def write_npz(source, args, out, labels):
 
 def claim_parts(folder, source, args, classes):
     """Make the folder of an unfinished samples.npz, or check that its settings are the same."""
+    files = [path for path in (args.ckpt, args.ae, args.stats) if path]
     settings = {
-        "ckpt": os.path.realpath(args.ckpt),
-        "modified": os.path.getmtime(args.ckpt),
+        "files": [[os.path.realpath(f), os.path.getmtime(f), os.path.getsize(f)] for f in files],
         "num": args.num,
         "seed": args.seed,
         "labels": classes,
-        "ae": args.ae,
-        "stats": args.stats,
         "bfloat16": source.bfloat16,
         **source.settings,
     }

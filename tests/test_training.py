@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -715,6 +716,23 @@ def test_compiled_sampling_is_eager_sampling(tmp_path, tiny_dit):
     files = [np.load(tmp_path / name / "samples.npz") for name in ("eager", "compiled")]
     images = [file["arr_0"].astype(int) for file in files]
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--ae", "--stats"])
+def test_parts_of_changed_files_are_not_taken_over(tmp_path, of_imagenet, monkeypatch, flag):
+    monkeypatch.setattr(sample, "SAMPLES_PER_PART", 2)
+    flags, files = list(of_imagenet), {}
+    for name in ("--ckpt", "--ae", "--stats"):
+        place = flags.index(name) + 1
+        files[name] = tmp_path / f"{name}.pt"
+        shutil.copy(flags[place], files[name])
+        flags[place] = files[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "join_parts", lambda *args, **kwargs: sys.exit("killed"))
+        assert fails(sample, "--out", tmp_path, *flags, "--num 3") == "killed"
+    # The same name holds other weights now
+    os.utime(files[flag], (1e9, 1e9))
+    assert "other settings" in fails(sample, "--out", tmp_path, *flags, "--num 3")
 
 
 # ---- wrong input: one sentence, exit 1 ----
