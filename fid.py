@@ -837,8 +837,13 @@ def open_set(path):
 
 
 def open_folder(path):
-    """Return the ImageSet of a folder, its files in the order of their paths."""
-    files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    """Return the ImageSet of a folder, its files in the order of their names.
+
+    Sub-folders are often classes. In the order of paths, a split of the Inception Score would hold
+    few classes, and the score would be too low.
+    """
+    files = [file for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    files.sort(key=lambda file: (file.name, file))
     if len(files) < 2:
         suffixes = " ".join(IMAGE_SUFFIXES)
         raise UserError(f"{path} has {len(files)} images ({suffixes}); at least 2 are needed.")
