@@ -4,6 +4,7 @@
     python sample.py --ckpt out/dit/ckpt.pt                      of ImageNet: figure II
     python sample.py --ckpt out/dit/ckpt.pt --labels 88 vase     a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
+    python sample.py --ckpt out/dit/ckpt.pt --num 1000 --png     files, for tools that want them
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  others' files
 
 Sample i depends on --seed and i alone, not on the number of processes or the batch. (The -- keeps
@@ -23,6 +24,7 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import ae
@@ -50,6 +52,7 @@ def parse_args():
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="the DiT's checkpoint (default: the demo's)")
     add("--num", type=at_least(1), help="draw this many into samples.npz, not a grid")
+    add("--png", action="store_true", help="with --num: into a folder of PNG files, samples")
     add("--labels", nargs="+", help="classes, such as 88 vase (default: all, in a grid up to ten)")
     add("--columns", type=at_least(1), default=8, help="pictures per class in a grid (default: 8)")
     add("--seed", type=at_least(0), default=0, help="of noise and labels (default: 0)")
@@ -71,7 +74,10 @@ def parse_args():
     add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
     add("--ae", help="checkpoint of the autoencoder")
     add("--stats", help="PyTorch file of a dict with the latents' mean and std per channel")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.png and args.num is None:
+        raise UserError("--png goes with --num, which says how many files to write")
+    return args
 
 
 def main():
@@ -84,7 +90,7 @@ def main():
         labels = parse_labels(args.labels, names)
         ae.make_folder(out)
         if args.num is not None:
-            write_npz(source, args, out, labels)
+            write_samples(source, args, out, labels)
         elif ae.rank_and_world()[0] == 0:
             draw_grid(source, args, out, labels, names)
     except UserError as error:
@@ -168,14 +174,18 @@ def draw_grid(source, args, out, labels, names):
     print(f"wrote {path}")
 
 
-def write_npz(source, args, out, labels):
-    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), if there are several.
+def write_samples(source, args, out, labels):
+    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), if there are several; or
+    with --png the same pictures in the folder samples.
 
-    Until it is complete, samples.parts holds a file for each 256 samples, so that an interrupted
+    Until that is complete, samples.parts holds a file for each 256 samples, so that an interrupted
     run goes on. Raises UserError if they were drawn with other settings.
     """
     rank, world = ae.rank_and_world()
     folder = os.path.join(out, "samples.parts")
+    path = os.path.join(out, "samples" if args.png else "samples.npz")
+    if args.png and os.path.exists(path):
+        raise UserError(f"{path} is there already: remove it, or name another folder by --out")
     classes = list(range(len(source.class_names))) if labels is None else labels
     starts = range(0, args.num, SAMPLES_PER_PART)
     parts = {
@@ -197,11 +207,19 @@ def write_npz(source, args, out, labels):
         images, y = source.draw(parts[part], args.seed, args.batch, classes=classes)
         with ae.whole_file(part) as file:
             np.savez(file, images=images, labels=y)
+    if args.png:
+        if world > 1:
+            dist.barrier()  # all parts are drawn
+        pictures = os.path.join(folder, "png")
+        for part in tqdm(list(parts)[rank::world], "PNG files", unit="part", disable=rank > 0):
+            write_png_files(part, parts[part], pictures, source.class_names)
     if world > 1:
         ae.leave_processes()
     if rank == 0:
-        path = os.path.join(out, "samples.npz")
-        join_parts(list(parts), path, args.num, with_labels=len(source.class_names) > 1)
+        if args.png:
+            os.replace(pictures, path)  # as soon as all of them are there
+        else:
+            join_parts(list(parts), path, args.num, with_labels=len(source.class_names) > 1)
         shutil.rmtree(folder)
         print(f"wrote {path}: {args.num} samples")
 
@@ -247,6 +265,30 @@ def join_parts(parts, path, num, with_labels):
         if with_labels:
             with archive.open("arr_1.npy", "w") as array:
                 np.save(array, np.concatenate([np.load(part)["labels"] for part in parts]))
+
+
+def write_png_files(part, indices, folder, class_names):
+    """The samples of a part as 000000.png and so on, in a sub-folder per class if there are several."""
+    arrays = np.load(part)
+    for index, image, label in zip(indices, arrays["images"], arrays["labels"], strict=True):
+        of_class = os.path.join(folder, class_folder(class_names, label))
+        ae.make_folder(of_class)
+        path = os.path.join(of_class, f"{index:06}.png")
+        try:
+            Image.fromarray(image).save(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
+
+
+def class_folder(class_names, label):
+    """The sub-folder of a class: called as in the data or, if that is not known, by its number."""
+    if len(class_names) == 1:
+        return "."
+    name = class_names[label]
+    # The name comes from a file, which must not lead to other places.
+    if name and name[0] != "." and name.isprintable() and name == os.path.basename(name):
+        return name
+    return f"{label:0{len(str(len(class_names) - 1))}}"
 
 
 @dataclasses.dataclass

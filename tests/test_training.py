@@ -30,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import dit
+import fid
 import sample
 import train_ae
 import train_dit
@@ -546,8 +547,11 @@ def test_a_flat_folder_is_one_class_without_guidance(tmp_path, tiny_vmae, folder
     assert state["args"]["cfg_scale"] == 1
     run(sample, "--ckpt", ckpt)
     run(sample, "--ckpt", ckpt, "--num 3")
+    run(sample, "--ckpt", ckpt, "--num 3 --png")
     # There are no labels where there are no classes
     assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     assert "several classes" in fails(sample, "--ckpt", ckpt, "--cfg_scale 3")
 
 
@@ -574,6 +578,70 @@ def test_an_interrupted_samples_npz_goes_on(tmp_path, tiny_dit, monkeypatch):
     a, b = np.load(whole / "samples.npz"), np.load(cut / "samples.npz")
     assert np.array_equal(a["arr_0"], b["arr_0"]) and np.array_equal(a["arr_1"], b["arr_1"])
     assert not (cut / "samples.parts").exists()
+
+
+def test_png_files_are_the_pictures_of_the_npz(tmp_path, tiny_dit, monkeypatch):
+    monkeypatch.setattr(sample, "SAMPLES_PER_PART", 8)
+    flags = ("--ckpt", tiny_dit, "--steps 2 --num 20")
+    run(sample, "--out", tmp_path, *flags)
+    run(sample, "--out", tmp_path / "one", *flags, "--png")
+    torchrun(2, "sample.py", "--out", tmp_path / "two", *flags, "--png")
+    arrays = np.load(tmp_path / "samples.npz")
+    for folder in (tmp_path / "one" / "samples", tmp_path / "two" / "samples"):
+        files = sorted(folder.rglob("*.*"), key=lambda file: file.name)
+        assert [file.name for file in files] == [f"{i:06}.png" for i in range(20)]
+        # The digits' classes are called 0 to 9
+        assert [file.parent.name for file in files] == [str(label) for label in arrays["arr_1"]]
+        for image, file in zip(arrays["arr_0"], files):
+            assert np.array_equal(image, np.asarray(Image.open(file)))
+        # fid.py reads them in the same order
+        (images,) = fid.open_set(folder).batches([(0, 20)], 1)
+        assert np.array_equal(images, arrays["arr_0"])
+        assert sorted(folder.parent.iterdir()) == [folder]
+    assert "is there already" in fails(sample, "--out", tmp_path / "one", *flags, "--png")
+    assert "--num" in fails(sample, "--out", tmp_path, "--ckpt", tiny_dit, "--png")
+
+
+def test_interrupted_png_files_go_on(tmp_path, tiny_dit, monkeypatch):
+    monkeypatch.setattr(sample, "SAMPLES_PER_PART", 8)
+    flags = ("--out", tmp_path, "--ckpt", tiny_dit, "--steps 2 --num 20")
+    write, calls = sample.write_png_files, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "write_png_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(sample, *flags, "--png")
+    # Not before all files are there; what is drawn is not drawn again
+    assert not (tmp_path / "samples").exists()
+    monkeypatch.setattr(sample.Source, "draw", None)
+    assert "other settings" in fails(sample, *flags, "--png --seed 1")
+    run(sample, *flags, "--png")
+    assert len(list((tmp_path / "samples").rglob("*.png"))) == 20
+    assert not (tmp_path / "samples.parts").exists()
+
+
+def test_png_files_stay_in_their_folder_whatever_classes_are_called(tmp_path, tiny_dit):
+    ckpt = read(tiny_dit)
+    names = ["..", "a/b", "/c", "", "St. Bernard", "x\0", ".", "7", "n02007558", "x\n"]
+    torch.save(ckpt | {"class_names": names}, tmp_path / "ckpt.pt")
+    run(
+        sample,
+        "--out",
+        tmp_path / "out",
+        "--ckpt",
+        tmp_path / "ckpt.pt",
+        "--steps 1 --num 60 --png",
+    )
+    folders = {file.name for file in (tmp_path / "out" / "samples").iterdir()}
+    assert folders == {"0", "1", "2", "3", "St. Bernard", "5", "6", "7", "n02007558", "9"}
+    assert sorted(tmp_path.rglob("*.png")) == sorted(tmp_path.glob("out/samples/*/*.png"))
+    assert [sample.class_folder([""] * 1000, label) for label in (7, 130)] == ["007", "130"]
 
 
 def test_parts_without_their_settings_are_not_taken_over(tmp_path, tiny_dit):
