@@ -98,15 +98,15 @@ def main():
 
 
 def is_imagenet(class_names):
-    """Whether they are ImageNet's 1,000 classes: WNIDs, such as n02007558, or 1,000 without names."""
+    """Whether these are 1,000 WNIDs, such as n02007558, or 1,000 classes without names."""
     return len(class_names) == 1000 and all(re.fullmatch(r"(n\d{8})?", x) for x in class_names)
 
 
 def names_in_words(class_names):
-    """The names as people read them: torchvision's for ImageNet, else those of the data's folders."""
+    """What people call the classes: torchvision's names for ImageNet, else those of the folders."""
     if not is_imagenet(class_names):
         return class_names
-    from torchvision.models import ResNet50_Weights  # here, because it takes seconds
+    from torchvision.models import ResNet50_Weights  # here, as it takes a second
 
     names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     return [name[0].upper() + name[1:] for name in names]
@@ -268,7 +268,7 @@ def join_parts(parts, path, num, with_labels):
 
 
 def write_png_files(part, indices, folder, class_names):
-    """The samples of a part as 000000.png and so on, in a sub-folder per class if there are several."""
+    """The samples of a part as 000000.png and so on; of several classes, in a sub-folder each."""
     arrays = np.load(part)
     for index, image, label in zip(indices, arrays["images"], arrays["labels"], strict=True):
         of_class = os.path.join(folder, class_folder(class_names, label))
