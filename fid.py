@@ -928,7 +928,7 @@ def read_pool(arrays):
     pool = torch.from_numpy(arrays["pool"].astype(np.float32, copy=False))
     if pool.ndim != 2 or pool.shape[1] != 2048 or not pool.isfinite().all():
         raise ValueError(
-            f"pool must be finite numbers of shape (images, 2048), but has shape "
+            "pool must be finite numbers of shape (images, 2048), but has shape "
             f"{tuple(pool.shape)} or contains NaN or infinity"
         )
     return pool
