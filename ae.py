@@ -21,12 +21,15 @@ permutes the patches of each image; the first `keep` of them are visible. `perce
 import argparse
 import contextlib
 import fnmatch
+import importlib.util
 import json
 import math
 import os
 import pickle
+import shutil
 import struct
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -893,6 +896,18 @@ def choose_device(name):
     return name
 
 
+def missing_for_compile(device):
+    """What torch.compile needs on this device and does not find, or None."""
+    if device != "cpu" and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if device != "cpu":
+        compilers = [os.environ.get("CC"), "gcc", "clang", "cc", "cl"]
+    if not any(shutil.which(name) for name in compilers if name):
+        return "a C++ compiler" if device == "cpu" else "a C compiler"
+    return None
+
+
 def make_folder(path):
     """Raises UserError where that cannot be."""
     try:
@@ -934,7 +949,8 @@ def to_uint8(x):
 def save_grid(path, rows, labels, columns=()):
     """Save a PNG with a labelled row of pictures for each of rows.
 
-    rows: arrays of one shape, uint8 (N, H, W, 3); labels: one per row; columns: titles above them.
+    rows: arrays of one shape, uint8 (N, H, W, 3); labels: one per row, long ones are wrapped;
+    columns: titles above them.
     """
     scale = max(1, 64 // rows[0].shape[1])  # small images are enlarged, pixels stay sharp
     rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
@@ -942,7 +958,9 @@ def save_grid(path, rows, labels, columns=()):
     R, N, H, W, _ = rows.shape
 
     font = ImageFont.load_default(max(14, H // 12))
-    margin = 12 + int(max(map(font.getlength, labels)))
+    lines_per_row = max(1, int(H / (1.4 * font.size)))
+    labels = [wrap(label, lines_per_row) for label in labels]
+    margin = 12 + int(max(font.getlength(line) for label in labels for line in label.split("\n")))
     top = int(1.5 * font.size) if columns else 0
     canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
     pixels = rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)
@@ -950,7 +968,16 @@ def save_grid(path, rows, labels, columns=()):
 
     draw = ImageDraw.Draw(canvas)
     for r, label in enumerate(labels):
-        draw.text((margin - 6, top + r * H + H // 2), label, "black", font, anchor="rm")
+        middle = (margin - 6, top + r * H + H // 2)
+        draw.text(middle, label, "black", font, anchor="rm", align="right")
     for n, title in enumerate(columns):
         draw.text((margin + n * W + W // 2, top // 2), title, "black", font, anchor="mm")
     canvas.save(path)
+
+
+def wrap(text, max_lines):
+    """The text in lines of 20 characters, or of as many more as max_lines lines need."""
+    width = 20
+    while len(textwrap.wrap(text, width)) > max_lines:
+        width += 1
+    return textwrap.fill(text, width)

@@ -157,6 +157,11 @@ class DiT(nn.Module):
         class_dropout_prob=0.1,  # share of the labels that training replaces by the null class
     ):
         super().__init__()
+        if input_size % patch_size:
+            raise UserError(
+                f"latents of {input_size} x {input_size} positions do not divide into patches of "
+                f"{patch_size} x {patch_size}: choose a --model of patch 1, or another --image_size"
+            )
         self.patch_size, self.grid = patch_size, input_size // patch_size
         self.in_channels, self.num_classes = in_channels, num_classes
         self.class_dropout_prob = class_dropout_prob if num_classes > 1 else 0.0
@@ -277,11 +282,17 @@ def sample(
     return x
 
 
+# The sizes of Peebles and Xie, with their patch of 2 and with 1, as in the paper's DiT-B/1. On the
+# 32 x 32 latents of 256 pixels, patch 2 has 256 tokens, patch 1 has 1,024.
 DiT_models = {
     "DiT-XL/1": functools.partial(DiT, patch_size=1, depth=28, hidden_size=1152, num_heads=16),
+    "DiT-XL/2": functools.partial(DiT, patch_size=2, depth=28, hidden_size=1152, num_heads=16),
     "DiT-L/1": functools.partial(DiT, patch_size=1, depth=24, hidden_size=1024, num_heads=16),
+    "DiT-L/2": functools.partial(DiT, patch_size=2, depth=24, hidden_size=1024, num_heads=16),
     "DiT-B/1": functools.partial(DiT, patch_size=1, depth=12, hidden_size=768, num_heads=12),
+    "DiT-B/2": functools.partial(DiT, patch_size=2, depth=12, hidden_size=768, num_heads=12),
     "DiT-S/1": functools.partial(DiT, patch_size=1, depth=12, hidden_size=384, num_heads=6),
+    "DiT-S/2": functools.partial(DiT, patch_size=2, depth=12, hidden_size=384, num_heads=6),
     # The demo's digits.
     "DiT-demo/1": functools.partial(DiT, patch_size=1, depth=4, hidden_size=128, num_heads=4),
 }

@@ -3,13 +3,15 @@
 examples:
   python fid.py ref.npz samples.npz                 the five metrics, in that evaluator's format
   python fid.py photos/ samples/ --json fid.json    folders of images; also write a file
-  python fid.py photos/ --save_stats ref.npz        save the statistics of REF, to use as REF later
+  python fid.py photos/ --save_stats ref.npz        run the network on REF once; REF later: ref.npz
   torchrun --nproc_per_node=8 fid.py ref.npz samples.npz
 
 REF and SAMPLES are each a folder of images (searched recursively, all of one size) or a .npz file.
 The file holds images as arr_0 (N, H, W, 3) uint8, statistics as mu, sigma (pool features) and
-mu_s, sigma_s (spatial features), or both, like ADM's reference batches. Stored statistics take
-precedence over those of the images. Metrics that cannot be computed are left out with a message.
+mu_s, sigma_s (spatial features), or both, like ADM's reference batches. --save_stats writes
+these statistics, and as pool (N, 2048) the pool features of the images for precision and recall, so
+that REF is not computed again. What is stored takes precedence over the images. Metrics that cannot
+be computed are left out with a message.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def parse_args():
     add("samples", metavar="SAMPLES", nargs="?", help="images to evaluate: a folder or a .npz file")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write the metrics to this file too")
-    add("--save_stats", metavar="FILE.npz", help="write the statistics of REF; needs no SAMPLES")
+    add("--save_stats", metavar="FILE.npz", help="write what REF's images give; needs no SAMPLES")
     add = parser.add_argument_group("network").add_argument
     add("--inception", metavar="FILE", help="its weights (default: downloaded once, 91 MiB)")
     on_off = {"nargs": "?", "type": switch, "const": 1, "default": 0, "metavar": "0|1"}
@@ -165,10 +167,13 @@ def evaluate(args):
                 net, image_set, path, batch=args.batch, workers=args.workers, device=device
             )
         else:
-            features[path] = Features(torch.zeros(0, 2048), image_set.statistics)
+            features[path] = Features(image_set.pool.to(device), image_set.statistics)
 
     if args.save_stats and rank == 0:
-        np.savez(args.save_stats, **features[args.ref].statistics)
+        arrays = dict(features[args.ref].statistics)
+        if len(features[args.ref].pool):
+            arrays["pool"] = features[args.ref].pool.cpu().numpy()
+        np.savez(args.save_stats, **arrays)
     if args.samples:
         metrics = compute_metrics(net, features[args.ref], features[args.samples])
         if rank == 0:
@@ -240,10 +245,11 @@ def extract_features(net, image_set, title, batch, workers, device):
 def compute_metrics(net, ref, samples):
     """Return the metrics by name, without those that cannot be computed. ref, samples: Features.
 
+    net: its last layer gives the Inception Score; None if no images went through the network.
     All processes must call it, since precision and recall share the work between them.
     """
     metrics = {}
-    if len(samples.pool):
+    if net is not None and len(samples.pool):
         metrics["Inception Score"] = inception_score(net.probs(samples.pool))
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if {mu, sigma} <= ref.statistics.keys() & samples.statistics.keys():
@@ -818,13 +824,15 @@ class Mixed7(nn.Module):
 class ImageSet:
     """A folder or a .npz file that has been opened; no image has been read yet."""
 
-    # the number of images; 0 if there are statistics only
+    # the number of images that have to go through the network; 0 if their features are stored
     count: int
     # batches(spans, workers) yields for each span (start, stop) the images from start to stop,
     # (N, H, W, 3) uint8; workers is the number of threads that decode image files
     batches: Callable | None
     # the statistics that are stored in the file, float64 arrays by their names in STATISTICS
     statistics: dict
+    # the pool features that are stored in the file, (N, 2048); N is 0 if there are none
+    pool: torch.Tensor = torch.zeros(0, 2048)
 
 
 def open_set(path):
@@ -837,8 +845,13 @@ def open_set(path):
 
 
 def open_folder(path):
-    """Return the ImageSet of a folder, its files in the order of their paths."""
-    files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    """Return the ImageSet of a folder, its files in the order of their names.
+
+    Sub-folders are often classes. In the order of paths, a split of the Inception Score would hold
+    few classes, and the score would be too low.
+    """
+    files = [file for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    files.sort(key=lambda file: (file.name, file))
     if len(files) < 2:
         suffixes = " ".join(IMAGE_SUFFIXES)
         raise UserError(f"{path} has {len(files)} images ({suffixes}); at least 2 are needed.")
@@ -878,6 +891,8 @@ def open_npz(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             statistics = read_statistics(arrays)
+            if "pool" in arrays:
+                return ImageSet(0, None, statistics, read_pool(arrays))
             if "arr_0" in arrays:
                 with arrays.zip.open("arr_0.npy") as stream:
                     count, *shape = read_header(stream)
@@ -903,6 +918,20 @@ def read_statistics(arrays):
                 f"{array.shape} or contains NaN or infinity"
             )
     return statistics
+
+
+def read_pool(arrays):
+    """Return the pool features stored in a .npz file, (N, 2048) float32.
+
+    Raises ValueError for another shape, NaN or infinity.
+    """
+    pool = torch.from_numpy(arrays["pool"].astype(np.float32, copy=False))
+    if pool.ndim != 2 or pool.shape[1] != 2048 or not pool.isfinite().all():
+        raise ValueError(
+            "pool must be finite numbers of shape (images, 2048), but has shape "
+            f"{tuple(pool.shape)} or contains NaN or infinity"
+        )
+    return pool
 
 
 def read_header(stream):

@@ -16,13 +16,11 @@ import copy
 import datetime
 import functools
 import glob
-import importlib.util
 import json
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -41,7 +39,15 @@ from tqdm import tqdm
 
 import ae
 import fid
-from ae import SWITCH, UserError, at_least, fraction, rank_and_world, warn
+from ae import (
+    SWITCH,
+    UserError,
+    at_least,
+    fraction,
+    missing_for_compile,
+    rank_and_world,
+    warn,
+)
 
 # ---- Recipes: what each autoencoder is trained with ----
 #
@@ -748,18 +754,6 @@ def peak_of(gpu):
     """Dense bfloat16 FLOP/s of a GPU by its name, such as "NVIDIA A100-SXM4-40GB", or None."""
     names = [name for name in PEAKS if re.search(rf"\b{name}\b(?! Laptop)", gpu)]
     return PEAKS[max(names, key=len)] * 1e12 if names else None
-
-
-def missing_for_compile(device):
-    """What torch.compile needs on this device and does not find, or None."""
-    if device != "cpu" and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
-    if device != "cpu":
-        compilers = [os.environ.get("CC"), "gcc", "clang", "cc", "cl"]
-    if not any(shutil.which(name) for name in compilers if name):
-        return "a C++ compiler" if device == "cpu" else "a C compiler"
-    return None
 
 
 class Run:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, fill, keys_of, normal, read, reference, saved, shapes, written
+from PIL import Image
 
 import ae
 import dit
@@ -414,6 +415,24 @@ def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
     values = np.arange(256, dtype=np.uint8)
     image = (torch.from_numpy(values).float() / 127.5 - 1).view(1, 1, 1, -1).expand(1, 3, 1, -1)
     assert np.array_equal(ae.to_uint8(image)[0, 0, :, 0], values)
+
+
+@pytest.mark.parametrize("side", [32, 256])
+@pytest.mark.parametrize(
+    "label",
+    ["Fig (952)", "American Staffordshire terrier (180)", 9 * "word " + 9 * "longer_" + "(3)"],
+)
+def test_captions_of_any_length_stay_beside_their_row(tmp_path, side, label):
+    rows = np.full((3, 2, side, side, 3), 200, np.uint8)
+    ae.save_grid(tmp_path / "grid.png", rows, ["", label, ""])
+    picture = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    shown = max(side, 64) + 2  # pixels of an image and the gap behind it
+    margin = picture[:, : -2 * shown]
+    ink = np.argwhere(margin < 128)
+    assert len(ink) > 20 and margin.shape[1] < 360
+    # In the middle row, and nothing is cut off at the left
+    assert ink[:, 0].min() >= shown and ink[:, 0].max() < 2 * shown and ink[:, 1].min() > 2
+    assert abs(ink[:, 0].mean() - 1.5 * shown) < 0.1 * shown
 
 
 def test_a_safetensors_file_is_read(tmp_path):

@@ -56,6 +56,18 @@ def test_names_shapes_and_count_of_dit_b_are_lightningdit_s():
     assert shapes(b) == keys_of("lightningdit_b1_f8d16.keys.txt")
 
 
+@pytest.mark.parametrize("size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_each_size_has_the_published_number_of_weights(size, millions):
+    """DiT's table 1, for latents of 32 x 32 x 4; LightningDiT-XL/1's of 16 x 16 x 32 is 675, too."""
+    shape = {1: dict(input_size=16, in_channels=32), 2: dict(input_size=32, in_channels=4)}
+    for patch, latents in shape.items():
+        with torch.device("meta"):
+            model = dit.DiT_models[f"DiT-{size}/{patch}"](**latents, num_classes=1000)
+        assert model.patch_size == patch and model.grid == 16
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert round(trained / 1e6) == millions
+
+
 # ---- the network ----
 
 
@@ -99,6 +111,12 @@ def test_larger_patches_put_each_pixel_back_in_its_place():
     assert difference[2:4, 4:6].min() > 0
     difference[2:4, 4:6] = 0
     assert not difference.any()
+
+
+def test_latents_that_do_not_divide_into_patches_are_refused():
+    assert dit.DiT(3, 1, 4, 32, 0, 2, 10).grid == 3
+    with pytest.raises(ValueError, match="3 x 3 positions do not divide into patches of 2 x 2"):
+        dit.DiT(3, 2, 4, 32, 0, 2, 10)
 
 
 # ---- the loss and the sampler ----

@@ -434,30 +434,86 @@ def test_a_folder_and_a_npz_of_the_same_images_have_the_same_statistics(weights,
     assert metrics(sets / "samples", "--save_stats", folder, "--inception", weights) == {}
     assert metrics(sets / "samples.npz", "--save_stats", npz, "--inception", weights) == {}
     with np.load(folder) as one, np.load(npz) as two:
-        assert one.files == list(fid.STATISTICS)
+        assert one.files == [*fid.STATISTICS, "pool"]
         for key in one.files:
             np.testing.assert_allclose(one[key], two[key], rtol=1e-6, atol=1e-9)
 
 
-def test_saved_statistics_serve_as_reference_without_precision_and_recall(
-    result, weights, sets, capsys
-):
+@pytest.fixture(scope="module")
+def statistics_alone(result, sets):
+    """A .npz file of statistics without features, such as that of an older version."""
     with np.load(sets / "stats.npz") as stored:
-        assert {key: x.shape for key, x in stored.items()} == fid.STATISTICS
-    again = metrics(sets / "stats.npz", sets / "samples.npz", "--inception", weights)
+        np.savez(sets / "alone.npz", **{name: stored[name] for name in fid.STATISTICS})
+    return sets / "alone.npz"
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_saved_reference_gives_all_metrics_without_the_network(
+    result, weights, sets, ranks, monkeypatch
+):
+    passed, forward = [], fid.InceptionV3.forward
+
+    def counted(net, x):
+        passed.append(len(x))
+        return forward(net, x)
+
+    monkeypatch.setattr(fid.InceptionV3, "forward", counted)
+    args = (sets / "stats.npz", sets / "samples.npz", "--inception", weights)
+    again = metrics(*args, ranks=ranks)
+    if ranks:
+        assert again == pytest.approx(result, rel=1e-5)
+    else:
+        assert again == result and sum(passed) == 9  # those of SAMPLES
+
+
+def test_a_saved_reference_of_a_reference_batch_keeps_both_of_its_parts(
+    weights, sets, statistics_alone, tmp_path
+):
+    """ADM's files have the statistics of all images, and only some of the images."""
+    with np.load(statistics_alone) as stored, np.load(sets / "samples.npz") as images:
+        np.savez(tmp_path / "batch.npz", **stored, arr_0=images["arr_0"])
+    flags = (sets / "ref.npz", "--inception", weights)
+    saved = ("--save_stats", tmp_path / "saved.npz")
+    first = metrics(tmp_path / "batch.npz", *flags, *saved)
+    assert metrics(tmp_path / "saved.npz", *flags) == first
+    with np.load(tmp_path / "saved.npz") as ours, np.load(statistics_alone) as stored:
+        assert all(np.array_equal(ours[name], stored[name]) for name in stored)
+        # ADM's evaluator reads these names beside arr_0; pytorch-fid the first two of them
+        assert {name: x.shape for name, x in ours.items()} == {
+            **fid.STATISTICS,
+            "pool": (9, 2048),
+        }
+        # With the images added it serves there, and here as before
+        with np.load(tmp_path / "batch.npz") as batch:
+            np.savez(tmp_path / "adm.npz", **ours, arr_0=batch["arr_0"])
+    assert metrics(tmp_path / "adm.npz", *flags) == first
+
+
+def test_statistics_serve_as_reference_without_precision_and_recall(
+    result, weights, sets, statistics_alone, capsys
+):
+    again = metrics(statistics_alone, sets / "samples.npz", "--inception", weights)
     assert list(again) == ["Inception Score", "FID", "sFID"]
     assert list(again.values()) == pytest.approx(list(result.values())[:3], rel=1e-6)
     assert "Precision is left out: it needs 4 images of both." in capsys.readouterr().err
 
 
-def test_statistics_alone_need_neither_network_nor_images(sets, result, capsys):
-    alone = metrics(sets / "stats.npz", sets / "stats.npz", "--inception", "nowhere.pth")
-    assert list(alone) == ["FID", "sFID"] and max(alone.values()) < 1e-9 * result["FID"]
+@pytest.mark.parametrize("with_features", [False, True])
+def test_what_is_stored_needs_neither_network_nor_images(
+    sets, result, statistics_alone, with_features, capsys
+):
+    file = sets / "stats.npz" if with_features else statistics_alone
+    alone = metrics(file, file, "--inception", "nowhere.pth")
+    assert list(alone)[:2] == ["FID", "sFID"]
+    assert max(alone["FID"], alone["sFID"]) < 1e-9 * result["FID"]
+    assert list(alone.values())[2:] == ([1, 1] if with_features else [])
     assert "Inception Score is left out: it needs images of SAMPLES." in capsys.readouterr().err
 
 
-def test_stored_statistics_go_before_those_of_the_images(result, weights, sets, tmp_path):
-    with np.load(sets / "stats.npz") as stored, np.load(sets / "samples.npz") as images:
+def test_stored_statistics_go_before_those_of_the_images(
+    result, weights, sets, statistics_alone, tmp_path
+):
+    with np.load(statistics_alone) as stored, np.load(sets / "samples.npz") as images:
         np.savez(tmp_path / "both.npz", **stored, arr_0=images["arr_0"])
     both = metrics(sets / "ref.npz", tmp_path / "both.npz", "--inception", weights)
     assert both["FID"] < 1e-6 * result["FID"] and both["sFID"] < 1e-6 * result["sFID"]
@@ -490,7 +546,8 @@ def test_folders_are_recursive_sorted_and_rgb(tmp_path):
     opened = fid.open_set(tmp_path)
     (batch,) = opened.batches([(0, 2)], 2)
     assert opened.count == 2
-    assert batch[:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]] and batch.shape == (2, 2, 3, 3)
+    # In the order of names, whatever folders they are in
+    assert batch[:, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]] and batch.shape == (2, 2, 3, 3)
 
 
 # what goes wrong
@@ -506,6 +563,8 @@ def save_bad_sets(folder):
     np.savez(folder / "pickled_mu.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2048))
     np.savez(folder / "dimension.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(folder / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
+    np.savez(folder / "pool.npz", pool=np.zeros((4, 64)))
+    np.savez(folder / "nan_pool.npz", pool=np.full((4, 2048), np.nan))
     np.savez(folder / "other.npz", images=images)
     (folder / "text.npz").write_text("no archive")
     (folder / "empty").mkdir()
@@ -521,6 +580,8 @@ def save_bad_sets(folder):
         ("pickled_mu.npz", ["pickled_mu.npz", "Object"]),
         ("dimension.npz", ["dimension.npz", "(2048,)", "(64,)"]),
         ("nan.npz", ["nan.npz", "finite"]),
+        ("pool.npz", ["pool.npz", "(4, 64)"]),
+        ("nan_pool.npz", ["nan_pool.npz", "finite"]),
         ("other.npz", ["other.npz", "arr_0"]),
         ("text.npz", ["text.npz"]),
         ("empty", ["empty", "0 images"]),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import ae
 import dit
+import fid
 import sample
 import train_ae
 import train_dit
@@ -342,7 +344,7 @@ def test_compiled_training_in_two_processes_is_eager_training(tmp_path):
 
 
 def test_without_a_compiler_training_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_ae.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ae.shutil, "which", lambda name: None)
     run(train_ae, "--out", tmp_path, TINY_VIT, SMALL, "--steps 1 --compile 1")
     output = capsys.readouterr()
     assert output.err.count("torch.compile needs a C++ compiler") == 1
@@ -360,8 +362,8 @@ def test_a_gpu_s_defaults_are_what_it_can_do(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(train_ae.importlib.util, "find_spec", lambda name: triton or None)
-    monkeypatch.setattr(train_ae.shutil, "which", lambda name: name)
+    monkeypatch.setattr(ae.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(ae.shutil, "which", lambda name: name)
     monkeypatch.setattr(sys, "argv", ["train_ae.py", "--out", str(tmp_path / "out")])
     args, _ = train_ae.parse_args()
     training = train_ae.Run(args)
@@ -624,8 +626,11 @@ def test_a_flat_folder_is_one_class_without_guidance(tmp_path, tiny_vmae, folder
     assert state["args"]["cfg_scale"] == 1
     run(sample, "--ckpt", ckpt)
     run(sample, "--ckpt", ckpt, "--num 3")
+    run(sample, "--ckpt", ckpt, "--num 3 --png")
     # There are no labels where there are no classes
     assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     assert "several classes" in fails(sample, "--ckpt", ckpt, "--cfg_scale 3")
 
 
@@ -654,6 +659,71 @@ def test_an_interrupted_samples_npz_goes_on(tmp_path, tiny_dit, monkeypatch):
     assert not (cut / "samples.parts").exists()
 
 
+def test_png_files_are_the_pictures_of_the_npz(tmp_path, tiny_dit, monkeypatch):
+    monkeypatch.setattr(sample, "SAMPLES_PER_PART", 8)
+    flags = ("--ckpt", tiny_dit, "--steps 2 --num 20")
+    run(sample, "--out", tmp_path, *flags)
+    run(sample, "--out", tmp_path / "one", *flags, "--png")
+    torchrun(2, "sample.py", "--out", tmp_path / "two", *flags, "--png")
+    arrays = np.load(tmp_path / "samples.npz")
+    for name, levels in (("one", 0), ("two", 1)):  # two processes may round differently
+        folder = tmp_path / name / "samples"
+        files = sorted(folder.rglob("*.*"), key=lambda file: file.name)
+        assert [file.name for file in files] == [f"{i:06}.png" for i in range(20)]
+        # The digits' classes are called 0 to 9
+        assert [file.parent.name for file in files] == [str(label) for label in arrays["arr_1"]]
+        images = np.stack([np.asarray(Image.open(file)) for file in files])
+        assert np.abs(images.astype(int) - arrays["arr_0"]).max() <= levels
+        # fid.py reads them in the same order
+        (batch,) = fid.open_set(folder).batches([(0, 20)], 1)
+        assert np.array_equal(batch, images)
+        assert sorted(folder.parent.iterdir()) == [folder]
+    assert "is there already" in fails(sample, "--out", tmp_path / "one", *flags, "--png")
+    assert "--num" in fails(sample, "--out", tmp_path, "--ckpt", tiny_dit, "--png")
+
+
+def test_interrupted_png_files_go_on(tmp_path, tiny_dit, monkeypatch):
+    monkeypatch.setattr(sample, "SAMPLES_PER_PART", 8)
+    flags = ("--out", tmp_path, "--ckpt", tiny_dit, "--steps 2 --num 20")
+    write, calls = sample.write_png_files, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "write_png_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(sample, *flags, "--png")
+    # Not before all files are there; what is drawn is not drawn again
+    assert not (tmp_path / "samples").exists()
+    monkeypatch.setattr(sample.Source, "draw", None)
+    assert "other settings" in fails(sample, *flags, "--png --seed 1")
+    run(sample, *flags, "--png")
+    assert len(list((tmp_path / "samples").rglob("*.png"))) == 20
+    assert not (tmp_path / "samples.parts").exists()
+
+
+def test_png_files_stay_in_their_folder_whatever_classes_are_called(tmp_path, tiny_dit):
+    ckpt = read(tiny_dit)
+    names = ["..", "a/b", "/c", "", "St. Bernard", "x\0", ".", "7", "n02007558", "x\n"]
+    torch.save(ckpt | {"class_names": names}, tmp_path / "ckpt.pt")
+    run(
+        sample,
+        "--out",
+        tmp_path / "out",
+        "--ckpt",
+        tmp_path / "ckpt.pt",
+        "--steps 1 --num 60 --png",
+    )
+    folders = {file.name for file in (tmp_path / "out" / "samples").iterdir()}
+    assert folders == {"0", "1", "2", "3", "St. Bernard", "5", "6", "7", "n02007558", "9"}
+    assert sorted(tmp_path.rglob("*.png")) == sorted(tmp_path.glob("out/samples/*/*.png"))
+    assert [sample.class_folder([""] * 1000, label) for label in (7, 130)] == ["007", "130"]
+
+
 def test_parts_without_their_settings_are_not_taken_over(tmp_path, tiny_dit):
     flags = ("--ckpt", tiny_dit, "--steps 2 --num 4")
     run(sample, "--out", tmp_path / "a", *flags)
@@ -678,6 +748,139 @@ def test_weights_of_others_are_drawn_with_ae_and_stats(tmp_path, tiny_vmae, tiny
     run(sample, "--out", tmp_path / "ours", "--ckpt", tiny_dit, same)
     a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("ours", "theirs"))
     assert np.array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def of_imagenet(tiny_vmae, tmp_path_factory):
+    """An untrained DiT of 1,000 classes as LightningDiT saves it; the flags to draw from it."""
+    out = tmp_path_factory.mktemp("imagenet")
+    channels, size, _ = ae.load(tiny_vmae).latent_shape(32, 32)
+    net = dit.DiT(size, 1, channels, 32, 1, 2, 1000)
+    torch.save({"ema": net.state_dict()}, out / "ckpt.pt")
+    torch.save({"mean": [0.0] * channels, "std": [1.0] * channels}, out / "stats.pt")
+    paths = ("--ckpt", out / "ckpt.pt", "--ae", tiny_vmae, "--stats", out / "stats.pt")
+    return *paths, "--steps 1 --columns 2"
+
+
+def captions_of_grid(monkeypatch, *flags):
+    """What sample.py writes beside the rows of its grid."""
+    captions, save_grid = [], ae.save_grid
+
+    def watched(path, rows, labels):
+        captions.extend(labels)
+        save_grid(path, rows, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ae, "save_grid", watched)
+        run(sample, *flags)
+    return captions
+
+
+def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, of_imagenet, monkeypatch):
+    flags = ("--out", tmp_path, *of_imagenet)
+    figure = captions_of_grid(monkeypatch, *flags)
+    # The supplement's captions, but for its capitals
+    assert figure == [
+        *("Flamingo (130)", "Macaw (88)", "Siberian husky (250)", "Passenger car (705)"),
+        *("Mushroom (947)", "Lakeside (975)", "Fig (952)", "Vase (883)"),
+    ]
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.height == 8 * 66 and picture.width > 2 * 66 + 100
+    words = "--labels 975 'siberian husky,Macaw' fig"
+    named = ["Lakeside (975)", "Siberian husky (250)", "Macaw (88)", "Fig (952)"]
+    assert captions_of_grid(monkeypatch, *flags, words) == named
+
+    for word, *expected in (
+        ("cardigan", "several classes, Cardigan (264), Cardigan (474)"),
+        ("husky", "'husky' is none of this model's classes 0 to 999", "Siberian husky (250)"),
+        ("Maccaw", "'Maccaw' is none", "the nearest names are Macaw (88)"),
+        ("1000", "'1000' is none"),
+    ):
+        message = fails(sample, *flags, "--labels", word)
+        assert all(part in message for part in expected)
+
+
+def test_names_are_those_of_folders_but_for_imagenet_s_wnids():
+    wnids = [f"n{i:08}" for i in range(1000)]
+    assert sample.names_in_words(wnids)[88] == "Macaw"
+    for folders in (wnids[:999], [f"class {i}" for i in range(1000)], ["rose", ""]):
+        assert sample.names_in_words(folders) == folders
+    flowers = ["lily", "3", "rose", "", "Rose", "tulip"]
+    assert [sample.caption(flowers, label) for label in (0, 1, 3)] == ["lily (0)", "3 (1)", "3"]
+    assert sample.parse_labels(["tulip", "3,LILY"], flowers) == [5, 3, 0]
+    with pytest.raises(ae.UserError, match=r"rose .* rose \(2\), Rose \(4\)"):
+        sample.parse_labels(["rose"], flowers)
+    with pytest.raises(ae.UserError, match="'' is none of this model's classes 0 to 5$"):
+        sample.parse_labels([""], flowers)
+
+
+def test_bfloat16_rounds_the_products_of_the_dit_and_nothing_else(tmp_path, tiny_dit, monkeypatch):
+    forward, decode, seen = dit.DiT.forward, ae.VMAE.decode, set()
+
+    def watched_forward(model, x, t, y):
+        v = forward(model, x, t, y)
+        seen.add(("dit", x.dtype, v.dtype))
+        return v
+
+    def watched_decode(autoencoder, z):
+        images = decode(autoencoder, z)
+        seen.add(("decoder", z.dtype, images.dtype))
+        return images
+
+    monkeypatch.setattr(dit.DiT, "forward", watched_forward)
+    monkeypatch.setattr(ae.VMAE, "decode", watched_decode)
+    float32, images = torch.float32, {}
+    for dtype in (float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        flags = () if dtype == float32 else ("--dtype", name)
+        seen.clear()
+        run(sample, "--out", tmp_path / name, "--ckpt", tiny_dit, *flags, "--num 6")
+        assert seen == {("dit", float32, dtype), ("decoder", float32, float32)}
+        images[name] = np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int)
+    levels = np.abs(images["float32"] - images["bfloat16"])
+    assert 0 < levels.mean() < 1
+
+
+def test_a_dit_is_compiled_on_request_or_said_not_to_be(tmp_path, tiny_dit, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(dit.DiT, "compile", lambda model, **flags: compiled.append(flags))
+    flags = ("--out", tmp_path, "--ckpt", tiny_dit, "--labels 1 --columns 1 --steps 1")
+    run(sample, *flags)
+    assert not compiled
+    run(sample, *flags, "--compile 1")
+    assert len(compiled) == 1
+    monkeypatch.setattr(ae.shutil, "which", lambda name: None)
+    run(sample, *flags, "--compile 1")
+    output = capsys.readouterr()
+    assert len(compiled) == 1 and output.out.count("wrote") == 3
+    assert output.err.count("torch.compile needs a C++ compiler") == 1
+
+
+@pytest.mark.slow
+def test_compiled_sampling_is_eager_sampling(tmp_path, tiny_dit):
+    flags = ("--ckpt", tiny_dit, "--steps 4 --num 6 --batch 4 --cfg_start 0.5 --cfg_scale 3")
+    run(sample, "--out", tmp_path / "eager", *flags)
+    run(sample, "--out", tmp_path / "compiled", *flags, "--compile 1")
+    files = [np.load(tmp_path / name / "samples.npz") for name in ("eager", "compiled")]
+    images = [file["arr_0"].astype(int) for file in files]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--ae", "--stats"])
+def test_parts_of_changed_files_are_not_taken_over(tmp_path, of_imagenet, monkeypatch, flag):
+    monkeypatch.setattr(sample, "SAMPLES_PER_PART", 2)
+    flags, files = list(of_imagenet), {}
+    for name in ("--ckpt", "--ae", "--stats"):
+        place = flags.index(name) + 1
+        files[name] = tmp_path / f"{name}.pt"
+        shutil.copy(flags[place], files[name])
+        flags[place] = files[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "join_parts", lambda *args, **kwargs: sys.exit("killed"))
+        assert fails(sample, "--out", tmp_path, *flags, "--num 3") == "killed"
+    # The same name holds other weights now
+    os.utime(files[flag], (1e9, 1e9))
+    assert "other settings" in fails(sample, "--out", tmp_path, *flags, "--num 3")
 
 
 # ---- wrong input: one sentence, exit 1 ----
