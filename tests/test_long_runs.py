@@ -27,6 +27,7 @@ from conftest import (
     read,
     run,
     tiny,
+    torchrun,
     without_times,
 )
 from PIL import Image
@@ -253,6 +254,35 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
     stdout = ends_well(process, 60)
     assert stdout.count("stopped by a signal") == 1 and "torchrun --nproc_per_node=2" in stdout
     assert read(tmp_path / "ckpt.pt")["step"] == log_of(tmp_path)[-1]["step"]
+
+
+# ---- the end of a run of several processes ----
+
+
+@pytest.mark.parametrize("times", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_processes_that_leave_each_other_do_not_hang(tmp_path, times):
+    """With PyTorch 2.4, a barrier and destroy_process_group alone hang within the first ten times."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import faulthandler, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+import ae
+rank, world = ae.rank_and_world()
+file = dist.FileStore({str(tmp_path / "store")!r}, world)
+for i in range({times}):
+    faulthandler.dump_traceback_later(60, exit=True)  # how a hang ends
+    store = dist.PrefixStore(str(i), file)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    # Not waited for, so that gloo's threads are still busy with them
+    for _ in range(4):
+        dist.all_reduce(torch.ones(1), async_op=True)
+    ae.leave_processes()
+if rank == 0:
+    print("left", i + 1, "times")
+""")
+    assert f"left {times} times" in torchrun(2, driver)
 
 
 # ---- steps that are not finite ----
