@@ -131,6 +131,12 @@ def difference(a, b, part="model"):
     return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
 
 
+def size_of(picture):
+    """Width and height of a picture."""
+    with Image.open(picture) as image:
+        return image.size
+
+
 def written(data):
     """A function that writes these bytes to a path."""
     return lambda path: path.write_bytes(data)

@@ -525,7 +525,7 @@ def tiny_dit_for_files(tiny_vmae, tmp_path_factory):
 def test_no_file_that_is_handed_over_runs_code(tmp_path, tiny_vmae, tiny_dit_for_files):
     mark, bomb, plain = tmp_path / "exploded", tmp_path / "bomb.pt", tmp_path / "plain.pt"
     torch.save({"model": Bomb(mark), "args": Bomb(mark)}, bomb)
-    plain.write_bytes(pickle.dumps({"model": Bomb(mark)}))
+    plain.write_bytes(pickle.dumps({"model": Bomb(mark)}, 2))
     arrays, images = tmp_path / "bomb.npz", tmp_path / "set.npz"
     np.savez(arrays, arr_0=np.array([Bomb(mark)], dtype=object))
     np.savez(images, arr_0=np.zeros((4, 8, 8, 3), np.uint8))
