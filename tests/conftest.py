@@ -147,6 +147,20 @@ def saved(content):
     return lambda path: torch.save(content, path)
 
 
+count_gpus = torch.cuda.device_count
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """Without --device the scripts run on the CPU, also where there is a GPU.
+
+    Numbers are compared exactly; test_gpu.py is for the GPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """Downloads fail as they do without a network."""
