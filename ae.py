@@ -834,10 +834,12 @@ def rank_and_world():
 
 def leave_processes():
     """Wait for the other processes, then close the process group."""
-    dist.barrier()
-    # If the group is destroyed while a thread of gloo's still needs the interpreter to finish the
-    # barrier, both wait for ever (seen with PyTorch 2.4).
-    time.sleep(0.1)
+    # The barrier holds the calls that it waits for, and through them tensors of Python's, which
+    # cannot be freed without the interpreter's lock. If a thread of gloo's were the last to let go
+    # of the barrier, it would wait for the lock, and destroy_process_group, which has the lock, for
+    # the thread (seen with PyTorch 2.4). This variable outlives both.
+    barrier = dist.barrier(async_op=True)
+    barrier.wait()
     dist.destroy_process_group()
 
 

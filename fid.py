@@ -179,7 +179,7 @@ def evaluate(args):
         if rank == 0:
             report(metrics, args.json)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_processes()
 
 
 def choose_device(name):
@@ -989,6 +989,18 @@ def rank_and_world():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def leave_processes():
+    """Close the process group, with gloo after all processes have come here."""
+    if dist.get_backend() == "gloo":
+        # The barrier holds the calls that it waits for, and through them tensors of Python's, which
+        # cannot be freed without the interpreter's lock. If a thread of gloo's were the last to let
+        # go of them, it would wait for the lock, and destroy_process_group, which has the lock, for
+        # the thread (seen with PyTorch 2.4). This variable outlives both.
+        barrier = dist.barrier(async_op=True)
+        barrier.wait()
+    dist.destroy_process_group()
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):

@@ -10,13 +10,17 @@ resident set of the process, on a GPU the largest allocation of PyTorch after th
 include the peer's. Our code and the peer, where one is installed, take turns round by round. The
 table has the medians, and the median of the rounds' ratios.
 
-Training rows time a whole step of the training scripts, except for the loading of images. FLOP/s
-are those of forward and backward passes, a multiply and an add counted as two; their share is that
-of the rate of square matrix products in the same arithmetic. Weights are random.
+Training rows time a whole step of the training scripts, except for the loading of images. The rows
+of the paper's recipes are the first steps of the scripts themselves, to see whether each recipe's
+micro-batch fits the A100 of 40 GB that it is meant for; they need a GPU.
+
+FLOP/s are those of forward and backward passes, a multiply and an add counted as two; their share
+is that of the rate of square matrix products in the same arithmetic. Weights are random.
 """
 
 import argparse
 import atexit
+import contextlib
 import copy
 import functools
 import importlib
@@ -91,6 +95,7 @@ def measure(
     clock=seconds,  # (function, repeat) -> seconds
     check=None,  # is called at the end
     memory=False,  # whether to report the peak memory
+    memory_goal=None,  # what it is to stay below, in words
 ):
     """A line of the table, as a dict."""
     functions = [ours]
@@ -122,6 +127,8 @@ def measure(
         unit = 1 if sys.platform == "darwin" else 1024
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         line["peak_bytes"] = torch.cuda.max_memory_allocated() if CUDA else resident
+    if memory_goal:
+        line["memory_goal"] = memory_goal
     return line
 
 
@@ -258,6 +265,14 @@ def dit_training(name):
     return training(run, step, flops, peer)
 
 
+def random_lpips():
+    """As ae.lpips_vgg, except for VGG16's weights, which need a download."""
+    from lpips import LPIPS
+
+    lpips = ae.LPIPS(LPIPS(net="vgg", pnet_rand=True, verbose=False))
+    return lpips.eval().requires_grad_(False)
+
+
 @rows(
     "VMAE training at 128",
     "VMAE training at 128 with LPIPS",
@@ -276,11 +291,7 @@ def autoencoder_training(name):
     disc = ae.Discriminator() if adversarial else None
     lpips = perceptual = None
     if "LPIPS" in name:
-        from lpips import LPIPS
-
-        # As in ae.lpips_vgg, except for the weights.
-        lpips = ae.LPIPS(LPIPS(net="vgg", pnet_rand=True, verbose=False))
-        lpips.eval().requires_grad_(False)
+        lpips = random_lpips()
 
         def perceptual(x_hat, x):
             return lpips(x_hat, x).mean()
@@ -317,6 +328,71 @@ def autoencoder_training(name):
     if lpips is not None and not adversarial:
         peer = ("without LPIPS", functools.partial(step, None))
     return training(run, step, flops, peer)
+
+
+RECIPES = {f"the paper's recipe, {name}": name for name in [*train_ae.PAPER, "dit"]}
+
+
+@rows(*RECIPES)
+def paper_recipe(name):
+    """Three steps of a training script with the paper's settings, on images that are noise.
+
+    The peak memory is that of the whole run: of the random numbers for the global batch, of
+    gradients that accumulate, of the pictures at the end.
+    """
+    model = RECIPES[name]
+    trainer, recipe = train_ae, train_ae.PAPER.get(model)
+    flags = ["--model", model]
+    if model == "sdvae":
+        flags += ["--disc_start", "1"]
+    if model == "tune":
+        flags = ["--tune_decoder", "--init", random_vmae()]
+    if model == "dit":
+        trainer, recipe = train_dit, train_dit.PAPER
+        flags = ["--ae", random_vmae(), "--sample_steps", "2"]
+
+    # Two classes of one image each; only their number matters.
+    data, out = folder(), folder() / "out"
+    for label in ("0", "1"):
+        (data / label).mkdir()
+        Image.new("RGB", (8, 8)).save(data / label / "image.png")
+
+    def noise(dataset, keys, workers, device):
+        """In place of train_ae.load_batches, so that no GPU waits for images."""
+        size = recipe["image_size"]
+        for some in keys:
+            labels = torch.zeros(len(some), dtype=torch.long, device=device)
+            yield torch.rand(len(some), 3, size, size, device=device) * 2 - 1, labels
+
+    def step_seconds():
+        """Of the last step; the first one compiles."""
+        train_ae.load_batches = train_dit.load_batches = noise
+        ae.lpips_vgg = random_lpips
+        words = [*flags, "--data", data, "--out", out, "--steps", 3, "--log_every", 1]
+        sys.argv = [trainer.__name__ + ".py", *map(str, words)]
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.main()
+        line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        assert line["skipped"] == 0, "steps were skipped, so this is not their time"
+        return recipe["batch"] / line["images_per_s"]
+
+    return {
+        "ours": step_seconds,
+        "per": (recipe["batch"], "images/s"),
+        "note": f"{recipe['micro_batch']} images of {recipe['batch']:,} at once",
+        "warm_up": 0,
+        "rounds": 1,
+        "clock": lambda function, repeat: function(),
+        "memory": True,
+        "memory_goal": "40 GB",
+    }
+
+
+def random_vmae():
+    """The path of a checkpoint of the paper's VMAE, at 256 pixels, with random weights."""
+    path, state = folder() / "vmae.pt", ae.VMAE().state_dict()
+    torch.save({"kind": "autoencoder", "name": "vmae", "config": {}, "model": state}, path)
+    return path
 
 
 # ---- Encoding, sampling, loading, evaluation ----
@@ -707,6 +783,8 @@ def print_line(line, rates):
         cells[5] = f"{line['share']:.0%} of {kind}"
     if "peak_bytes" in line:
         cells[6] = f"{line['peak_bytes'] / 2**30:.2f} GiB"
+    if "memory_goal" in line:
+        cells[6] += f" of {line['memory_goal']}"
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -740,6 +818,9 @@ def main():
     for name in ROWS:
         chosen = any(word.lower() in name.lower() for word in args.only)
         if not chosen or (name == "demo" and not args.demo):
+            continue
+        if name in RECIPES and not CUDA:
+            print(f"| {name} | not measured: it takes hours without a GPU" + " | -" * 5 + " |")
             continue
         lines = in_child(name, args.rounds)
         if lines is None:

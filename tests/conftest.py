@@ -131,6 +131,12 @@ def difference(a, b, part="model"):
     return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
 
 
+def size_of(picture):
+    """Width and height of a picture."""
+    with Image.open(picture) as image:
+        return image.size
+
+
 def written(data):
     """A function that writes these bytes to a path."""
     return lambda path: path.write_bytes(data)
@@ -139,6 +145,20 @@ def written(data):
 def saved(content):
     """A function that saves this object to a path, as a checkpoint is saved."""
     return lambda path: torch.save(content, path)
+
+
+count_gpus = torch.cuda.device_count
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """Without --device the scripts run on the CPU, also where there is a GPU.
+
+    Numbers are compared exactly; test_gpu.py is for the GPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The demo as a newcomer runs it, and whether its digits are digits."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -82,7 +83,9 @@ def test_each_of_the_other_autoencoders_learns_in_the_demo(tmp_path, model):
 def test_the_demo_draws_digits_of_the_class_asked_for_varied_and_not_copied(tmp_path):
     for line in ("train_ae.py", "train_dit.py", "sample.py", "sample.py --num 500"):
         script, *flags = line.split()
-        subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, check=True)
+        command = [sys.executable, ROOT / script, *flags]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(command, cwd=tmp_path, env=env, check=True)
     # In KiB: 4 GiB
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
     out = tmp_path / "out" / "demo" / "dit"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, read, run, torchrun
+from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, read, run, size_of, torchrun
 from PIL import Image
 
 import ae
@@ -177,7 +177,7 @@ def test_eval_prints_a_row_a_checkpoint_whoever_made_it(tmp_path, folder, capsys
     assert abs(saved["PSNR"] - (10 * np.log10(255**2 / mse)).mean()) < 1e-6
     assert abs(saved["L1"] - ((x_hat + 1) / 2 - (x + 1) / 2).abs().mean().item()) < 1e-6
     for name in names:
-        width, height = Image.open(out / f"{name}.png").size
+        width, height = size_of(out / f"{name}.png")
         assert height // 66 == 10 and width // 66 == 1 + len(train_ae.EPS)
 
 

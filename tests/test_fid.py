@@ -771,7 +771,7 @@ def test_nccl_takes_features_on_the_cpu_and_on_the_gpu(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no weights", pickle.dumps(os.getcwd)])
+@pytest.mark.parametrize("content", [None, b"", b"no weights", pickle.dumps(os.getcwd, 2)])
 def test_a_file_without_the_weights_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "w.pth").write_bytes(content)

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VIT, fill, launch, log_of, normal, read, run, tiny
+from conftest import TINY_VIT, count_gpus, fill, launch, log_of, normal, read, run, tiny
 from PIL import Image
 
 import ae
@@ -30,6 +30,14 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are n
 SMALL = "--batch 16 --log_every 1 --device cuda"
 EXACT = "--dtype float32 --compile 0"
 DIT = f"{SMALL} --sample_steps 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpus():
+    """Here the scripts see the GPUs that conftest hides from them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", count_gpus)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from conftest import (
     read,
     run,
     tiny,
+    torchrun,
     without_times,
 )
 from PIL import Image
@@ -253,6 +254,36 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
     stdout = ends_well(process, 60)
     assert stdout.count("stopped by a signal") == 1 and "torchrun --nproc_per_node=2" in stdout
     assert read(tmp_path / "ckpt.pt")["step"] == log_of(tmp_path)[-1]["step"]
+
+
+# ---- the end of a run of several processes ----
+
+
+@pytest.mark.parametrize("module", ["ae", "fid"])
+@pytest.mark.parametrize("times", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_processes_that_leave_each_other_do_not_hang(tmp_path, module, times):
+    """With PyTorch 2.4, a barrier and destroy_process_group alone hang within the first ten times."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import faulthandler, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+import {module}
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+file = dist.FileStore({str(tmp_path / "store")!r}, world)
+for i in range({times}):
+    faulthandler.dump_traceback_later(60, exit=True)  # how a hang ends
+    store = dist.PrefixStore(str(i), file)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    # Not waited for, so that gloo's threads are still busy with them
+    for _ in range(4):
+        dist.all_reduce(torch.ones(1), async_op=True)
+    {module}.leave_processes()
+if rank == 0:
+    print("left", i + 1, "times")
+""")
+    assert f"left {times} times" in torchrun(2, driver)
 
 
 # ---- steps that are not finite ----
@@ -495,7 +526,7 @@ def tiny_dit_for_files(tiny_vmae, tmp_path_factory):
 def test_no_file_that_is_handed_over_runs_code(tmp_path, tiny_vmae, tiny_dit_for_files):
     mark, bomb, plain = tmp_path / "exploded", tmp_path / "bomb.pt", tmp_path / "plain.pt"
     torch.save({"model": Bomb(mark), "args": Bomb(mark)}, bomb)
-    plain.write_bytes(pickle.dumps({"model": Bomb(mark)}))
+    plain.write_bytes(pickle.dumps({"model": Bomb(mark)}, 2))
     arrays, images = tmp_path / "bomb.npz", tmp_path / "set.npz"
     np.savez(arrays, arr_0=np.array([Bomb(mark)], dtype=object))
     np.savez(images, arr_0=np.zeros((4, 8, 8, 3), np.uint8))
