@@ -61,8 +61,8 @@ def parse_args():
     add = parser.add_argument_group(
         "how (default: the checkpoint's, else the paper's)"
     ).add_argument
-    add("--steps", type=at_least(1), help="Euler steps (demo: 100, paper: 250)")
-    add("--cfg_scale", type=at_least(0.0), help="guidance scale, 1 is none (demo: 1.3, paper: 10)")
+    add("--steps", type=at_least(1), help="Euler steps (demo: 50, paper: 250)")
+    add("--cfg_scale", type=at_least(0.0), help="guidance scale, 1 is none (demo: 1.75, paper: 10)")
     add("--cfg_channels", type=at_least(0), help="guided latent channels (demo: 16, paper: 3)")
     add("--cfg_start", type=fraction, help="t from which guidance applies (demo and paper: 0.1)")
     add("--shift", type=at_least(1e-9), help="of the time grid, below 1 towards the noise (0.3)")

@@ -170,7 +170,6 @@ DEMO_CONV = DEMO_RUN | dict(
 )
 DEMO_VIT = DEMO_RUN | dict(
     image_size=32,
-    latent_dim=8,
     hidden_size=96,
     depth=3,
     decoder_depth=3,
@@ -178,9 +177,9 @@ DEMO_VIT = DEMO_RUN | dict(
     lpips=0.0,
     epochs=10,
     warmup=1,
-    batch=64,
+    batch=32,  # many small steps: at 64 the digits are blurred
     micro_batch=64,
-    base_lr=4e-3,
+    base_lr=16e-3,
     weight_decay=0.0,
 )
 DEMO_TUNE = DEMO_RUN | dict(
@@ -188,11 +187,10 @@ DEMO_TUNE = DEMO_RUN | dict(
     out="out/demo/vmae-tuned",
     image_size=32,
     lpips=0.0,
-    epochs=10,
-    warmup=1,
-    batch=64,
+    epochs=5,
+    batch=32,
     micro_batch=64,
-    base_lr=4e-3,
+    base_lr=16e-3,
     weight_decay=0.0,
 )
 DEMO = {

@@ -84,13 +84,13 @@ DEMO = PAPER | dict(
     keep_every=None,
     model="DiT-demo/1",
     image_size=32,
-    steps=3300,
+    steps=3000,
     batch=32,
     lr=3e-3,
     schedule="cosine",
     ema_warmup=1,  # the run is too short for a constant decay
-    sample_steps=100,
-    cfg_scale=1.3,
+    sample_steps=50,
+    cfg_scale=1.75,
     cfg_channels=16,
 )
 

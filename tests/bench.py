@@ -1,7 +1,7 @@
 """Throughput beside the alternatives: the machine, then a Markdown table of pieces of work.
 
     python tests/bench.py --json bench.json        write the table to a file, too
-    python tests/bench.py --demo                   add the demo's three commands, which take minutes
+    python tests/bench.py --demo                   add the demo's four commands, which take minutes
     python tests/bench.py --only training guided   the rows whose names hold one of these words
     python tests/bench.py --row "latent cache"     one row, in this process, as JSON
 
@@ -707,14 +707,16 @@ def start(name):
 @rows("demo")
 def demo(name):
     out = folder()
+    tuned = out / "vmae-tuned"
     commands = [
         ("train_ae.py", "--out", out / "vmae"),
-        ("train_dit.py", "--ae", out / "vmae" / "ckpt.pt", "--out", out / "dit"),
+        ("train_ae.py", "--tune_decoder", "--init", out / "vmae" / "ckpt.pt", "--out", tuned),
+        ("train_dit.py", "--ae", tuned / "ckpt.pt", "--out", out / "dit"),
         ("sample.py", "--ckpt", out / "dit" / "ckpt.pt"),
     ]
     return [
         {
-            "name": f"the demo's {command[0]}, whole",
+            "name": f"the demo's {command[0]}{' --tune_decoder' * (tuned in command)}, whole",
             "ours": functools.partial(script, *command),
             "warm_up": 0,
             "rounds": 1,
@@ -795,7 +797,7 @@ def parse_args():
     add("--json", help="write the table there, too")
     add("--only", nargs="+", default=[""], help="rows whose names hold one of these words")
     add("--rounds", type=ae.at_least(1), default=5, help="of each row (default: 5)")
-    add("--demo", action="store_true", help="add the demo's three commands, which take minutes")
+    add("--demo", action="store_true", help="add the demo's four commands, which take minutes")
     kinds = [f"products {kind}" for kind in ("bfloat16", "TF32", "float32", "float64")]
     add("--row", choices=[*ROWS, *kinds], metavar="NAME", help="one row, in this process")
     return parser.parse_args()

@@ -377,7 +377,7 @@ def test_a_mistake_under_torchrun_is_said_once_and_leaves_nothing_behind(tmp_pat
     command, env = launch(3, "train_ae.py", "--out", out, TINY_VIT)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and not out.exists()
-    assert done.stderr.count("--batch 64 does not divide over 3 processes") == 1
+    assert done.stderr.count("--batch 32 does not divide over 3 processes") == 1
 
 
 @pytest.mark.slow

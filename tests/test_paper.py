@@ -1,0 +1,96 @@
+"""The paper's comparison at the demo's scale, with a few steps of small models."""
+
+import json
+import math
+
+import paper
+import pytest
+from conftest import fails, run
+
+import train_ae
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Fifty digits to train on, twenty held out."""
+    read = train_ae.Images.read_digits
+
+    def read_few(images, held_out):
+        read(images, held_out)
+        every = 25 if held_out else 90
+        images.files, images.labels = images.files[::every], images.labels[::every]
+
+    monkeypatch.setattr(train_ae.Images, "read_digits", read_few)
+
+
+def rows_of(tables, title):
+    """The rows of the table below this title, without header, as lists of cells."""
+    lines = tables.split(f"**{title}")[1].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+def test_the_comparison_has_a_row_for_each_and_goes_on_where_it_was(
+    tmp_path, few_digits, monkeypatch, capsys
+):
+    flags = ("--smoke --jobs 1 --seeds 1 --out", tmp_path)
+    # Without time nothing is trained but the classifier, and what is timed.
+    run(paper, "--minutes 0", *flags)
+    assert not list(tmp_path.rglob("result.json"))
+    assert "call again" in capsys.readouterr().out
+
+    run(paper, *flags)
+    tables = (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "pictures.png").exists()
+    for at_equal in ("equal training seconds", "equal training steps"):
+        generation = rows_of(tables, f"Generation, {at_equal}")
+        assert [row[0] for row in generation] == [*paper.NAMES.values(), "held-out digits"]
+        for _, distance, spatial, score, precision, recall, accuracy, _ in generation:
+            assert 0 <= float(distance) < 100 and 0 <= float(spatial) < 1000
+            assert 1 <= float(score) <= 10
+            assert all(0 <= float(share) <= 1 for share in (precision, recall, accuracy))
+        # Real digits are closer to real ones than anything that four steps have taught.
+        assert float(generation[-1][1]) < min(float(row[1]) for row in generation[:-1])
+        reconstruction = rows_of(tables, f"Reconstruction of the held-out digits, {at_equal}")
+        assert [row[0] for row in reconstruction] == list(paper.NAMES.values())
+        assert all(0 < float(row[1]) < 1 and 3 < float(row[2]) < 40 for row in reconstruction)
+        smoothness = rows_of(
+            tables, f"Smoothness: rFD with noise of eps standard deviations, {at_equal}"
+        )
+        assert [len(row) for row in smoothness] == [1 + len(train_ae.EPS)] * 6
+    assert [row[-1] for row in rows_of(tables, "Ablation of VMAE")] == ["1", "1", "1", "0"]
+
+    # A second call reads the results and trains nothing.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    for name in ("run_piece", "timed", "train_classifier"):
+        monkeypatch.setattr(paper, name, pytest.fail)
+    run(paper, *flags)
+    assert (tmp_path / "tables.md").read_text() == tables
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+
+    # Results of other recipes are not mixed in.
+    monkeypatch.setitem(paper.SMOKE, "dit_steps", 5)
+    assert "other recipes" in fails(paper, *flags)
+
+
+def test_a_budget_of_seconds_becomes_steps():
+    budget = paper.BUDGET
+    alike = {"first": 0.1, "second": 0.1, "second_is": None}
+    assert paper.steps_for(60, alike, budget) == [600, 0]
+    # The discriminator doubles the time of the second half of an SD-VAE's steps.
+    adversarial = {"first": 0.1, "second": 0.2, "second_is": "adversarial"}
+    assert paper.steps_for(60, adversarial, budget) == [400, 0]
+    tuned = {"first": 0.1, "second": 0.05, "second_is": "tuning"}
+    steps, tuning = paper.steps_for(60, tuned, budget)
+    assert math.isclose(0.1 * steps + 0.05 * tuning, 60, rel_tol=0.01)
+
+
+def test_one_run_has_no_spread_and_none_is_a_dash():
+    assert paper.mean_and_spread([]) == "-"
+    assert paper.mean_and_spread([0.51234]) == "0.512"
+    assert paper.mean_and_spread([10.0, 12.0]) == "11.0 ± 1.4"
+
+
+def test_results_are_computed_once(tmp_path):
+    path = tmp_path / "a" / "result.json"
+    assert paper.remembered(path, lambda: {"a": 1}) == {"a": 1}
+    assert paper.remembered(path, None) == json.loads(path.read_text()) == {"a": 1}
