@@ -1,11 +1,11 @@
 """The paper's comparison at the demo's scale: six autoencoders, the same DiT on the latents of each.
 
-    python tests/paper.py                     two scripts at a time; an hour on two cores
+    python tests/paper.py                     an hour on two cores
+    python tests/paper.py                     again: another hour, until three seeds are complete
     python tests/paper.py --seeds 1           one run of each instead of three
-    python tests/paper.py --minutes 30        start nothing new after half an hour
 
-Writes tables.md and pictures.png into --out. A run that was interrupted goes on where it was, if it
-is called with the same flags; --seeds may grow.
+Writes tables.md and pictures.png into --out. It starts nothing new after an hour (--minutes), and goes
+on where it was when it is called again.
 
 What it does, in this order, on the demo's digits and with the demo's models:
 
@@ -59,7 +59,7 @@ import train_dit
 # ---- Recipes: what the comparison spends ----
 
 BUDGET = dict(
-    seconds=50.0,  # of training for each autoencoder, on one thread
+    seconds=100.0,  # of training for each autoencoder, on one thread
     steps=400,  # of the comparison at equal steps
     rates=[0.5, 1.0, 2.0],  # learning rates that are tried, in units of the demo's
     search=1 / 3,  # share of the seconds that a trial of a learning rate gets
@@ -122,7 +122,12 @@ def parse_args():
     add("--out", default="out/paper", type=Path, help="folder for all results")
     add("--jobs", default=2, type=ae.at_least(1), help="scripts at a time, of one thread each")
     add("--seeds", default=3, type=ae.at_least(1), help="runs of each autoencoder (default: 3)")
-    add("--minutes", default=math.inf, type=ae.at_least(0.0), help="start nothing new after them")
+    add(
+        "--minutes",
+        default=60.0,
+        type=ae.at_least(0.0),
+        help="start nothing new after (default: 60)",
+    )
     add("--smoke", action="store_true", help="a few steps of small models, to see that it runs")
     return parser.parse_args()
 

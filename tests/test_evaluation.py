@@ -211,8 +211,9 @@ def test_eval_judges_on_the_paper_s_crop_unless_told_otherwise(tmp_path, tiny_vm
 
 
 def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(
-    tmp_path, folder, capsys
+    tmp_path, folder, capsys, monkeypatch
 ):
+    monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
     few, out = tmp_path / "few", tmp_path / "eval"
     for name, size in (("ckpt", 48), ("other", 40)):
         channels = [32, 32, 32, 32]

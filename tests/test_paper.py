@@ -29,6 +29,7 @@ def rows_of(tables, title):
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_the_comparison_has_a_row_for_each_and_goes_on_where_it_was(
     tmp_path, few_digits, monkeypatch, capsys
 ):
