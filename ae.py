@@ -84,11 +84,11 @@ class Autoencoder(nn.Module):
     """What the six have in common.
 
     A class says with `deterministic` whether its latent is the posterior's mean (as it also is with
-    a KL weight of 0), with `masked`
-    whether it is a ViT that is trained on visible patches (and takes images of `image_size` pixels
-    only), and with `weights` the lambda of each term of its objective. Each instance has
-    `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a latent position;
-    and `image_size`, the pixels on a side of the images it was trained on, None if that is unknown.
+    a KL weight of 0), with `masked` whether it is a ViT that is trained on visible patches (and takes
+    images of `image_size` pixels only), and with `weights` the lambda of each term of its objective.
+    Each instance has `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a
+    latent position; and `image_size`, the pixels on a side of the images it was trained on, None if
+    that is unknown.
     """
 
     deterministic = True

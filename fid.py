@@ -81,7 +81,11 @@ def parse_args():
     add("samples", metavar="SAMPLES", nargs="?", help="images to evaluate: a folder or a .npz file")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write the metrics to this file too")
-    add("--save_stats", metavar="FILE.npz", help="write what REF's images give; needs no SAMPLES")
+    add(
+        "--save_stats",
+        metavar="FILE.npz",
+        help="write REF's statistics and features; needs no SAMPLES",
+    )
     add = parser.add_argument_group("network").add_argument
     add("--inception", metavar="FILE", help="its weights (default: downloaded once, 91 MiB)")
     on_off = {"nargs": "?", "type": switch, "const": 1, "default": 0, "metavar": "0|1"}
@@ -156,7 +160,7 @@ def evaluate(args):
     rank, _ = rank_and_world()
 
     # If REF and SAMPLES are the same path, it is processed once.
-    sets = {path: open_set(path) for path in (args.ref, args.samples) if path}
+    sets = {path: open_set(path, args.half_pixel) for path in (args.ref, args.samples) if path}
     net = None
     if any(image_set.count for image_set in sets.values()):
         net = load_inception(args.inception, bool(args.half_pixel), bool(args.tf32)).to(device)
@@ -170,7 +174,7 @@ def evaluate(args):
             features[path] = Features(image_set.pool.to(device), image_set.statistics)
 
     if args.save_stats and rank == 0:
-        arrays = dict(features[args.ref].statistics)
+        arrays = {"half_pixel": args.half_pixel, **features[args.ref].statistics}
         if len(features[args.ref].pool):
             arrays["pool"] = features[args.ref].pool.cpu().numpy()
         np.savez(args.save_stats, **arrays)
@@ -835,12 +839,15 @@ class ImageSet:
     pool: torch.Tensor = torch.zeros(0, 2048)
 
 
-def open_set(path):
-    """Return the ImageSet of a folder or .npz file. Raises UserError if it cannot be used."""
+def open_set(path, half_pixel=0):
+    """Return the ImageSet of a folder or .npz file. Raises UserError if it cannot be used.
+
+    half_pixel: how images are resized, which must be how those were whose features are stored.
+    """
     if Path(path).is_dir():
         return open_folder(path)
     if zipfile.is_zipfile(path):
-        return open_npz(path)
+        return open_npz(path, half_pixel)
     raise UserError(f"{path} is neither a folder nor a .npz file; give one of the two.")
 
 
@@ -886,10 +893,12 @@ def decode(file):
         ) from error
 
 
-def open_npz(path):
-    """Return the ImageSet of a .npz file."""
+def open_npz(path, half_pixel=0):
+    """Return the ImageSet of a .npz file. half_pixel: as in open_set."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            if "half_pixel" in arrays and arrays["half_pixel"] != half_pixel:
+                raise ValueError(f"it was saved with --half_pixel {arrays['half_pixel']}")
             statistics = read_statistics(arrays)
             if "pool" in arrays:
                 return ImageSet(0, None, statistics, read_pool(arrays))

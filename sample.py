@@ -1,7 +1,7 @@
 """Draw pictures from a trained DiT (supplement, section B.2 and figures I, II).
 
     python sample.py                                             the demo's digits, a row per class
-    python sample.py --ckpt out/dit/ckpt.pt                      of ImageNet: figure II
+    python sample.py --ckpt out/dit/ckpt.pt                      an ImageNet model: figure II
     python sample.py --ckpt out/dit/ckpt.pt --labels 88 vase     a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
     python sample.py --ckpt out/dit/ckpt.pt --num 1000 --png     files, for tools that want them
@@ -52,8 +52,10 @@ def parse_args():
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", default="out/demo/dit/ckpt.pt", help="the DiT's checkpoint (default: the demo's)")
     add("--num", type=at_least(1), help="draw this many into samples.npz, not a grid")
-    add("--png", action="store_true", help="with --num: into a folder of PNG files, samples")
-    add("--labels", nargs="+", help="classes, such as 88 vase (default: all, in a grid up to ten)")
+    add("--png", action="store_true", help="with --num: PNG files, in the folder samples, instead")
+    add(
+        "--labels", nargs="+", help="classes, such as 88 vase (default: all; in a grid at most ten)"
+    )
     add("--columns", type=at_least(1), default=8, help="pictures per class in a grid (default: 8)")
     add("--seed", type=at_least(0), default=0, help="of noise and labels (default: 0)")
     add("--out", help="folder to write into (default: the checkpoint's)")
@@ -99,7 +101,9 @@ def main():
 
 def is_imagenet(class_names):
     """Whether these are 1,000 WNIDs, such as n02007558, or 1,000 classes without names."""
-    return len(class_names) == 1000 and all(re.fullmatch(r"(n\d{8})?", x) for x in class_names)
+    if len(class_names) != 1000 or class_names[0] not in ("", "n01440764"):
+        return False
+    return all(re.fullmatch(r"(n\d{8})?", name) for name in class_names)
 
 
 def names_in_words(class_names):
@@ -185,7 +189,7 @@ def write_samples(source, args, out, labels):
     folder = os.path.join(out, "samples.parts")
     path = os.path.join(out, "samples" if args.png else "samples.npz")
     if args.png and os.path.exists(path):
-        raise UserError(f"{path} is there already: remove it, or name another folder by --out")
+        raise UserError(f"{path} exists: remove it and {folder}, or name another folder with --out")
     classes = list(range(len(source.class_names))) if labels is None else labels
     starts = range(0, args.num, SAMPLES_PER_PART)
     parts = {
@@ -194,12 +198,15 @@ def write_samples(source, args, out, labels):
         )
         for start in starts
     }
-    if rank == 0:
-        claim_parts(folder, source, args, classes)
-    missing = [part for part in parts if not os.path.exists(part)]
     if world > 1:
         # Only to wait for each other, which needs no GPU and can take hours.
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
+    if rank == 0:
+        claim_parts(folder, source, args, classes)
+    if world > 1:
+        dist.barrier()
+    missing = [part for part in parts if not os.path.exists(part)]
+    if world > 1:
         dist.barrier()  # all have looked
 
     title = f"rank 0 of {world}, {SAMPLES_PER_PART} samples per part"

@@ -323,7 +323,7 @@ def train(args, ckpt):
     if ckpt:
         net, config = build(args, config=ckpt["config"])
     else:
-        net, config = build(args, start_from=args.init)
+        net, config = build(args, init=args.init)
     lpips = ae.lpips_vgg() if args.lpips > 0 else None
     adversarial = args.model == "sdvae"
     if adversarial and args.image_size < 24:
@@ -417,23 +417,28 @@ def train(args, ckpt):
     run.finish("recon.png")
 
 
-def build(args, start_from=None, config=None):
+def build(args, init=None, config=None):
     """The autoencoder that the flags describe, and its class's arguments, which checkpoints keep.
 
-    start_from: a checkpoint of a model of the same sizes, whose weights it gets. config: the
-    arguments, of a run that is resumed. Raises UserError if the flags or the checkpoint do not fit.
+    init: a checkpoint of a model of the same sizes, whose weights it gets; --tune_decoder also takes
+    its sizes. config: the arguments, of a run that is resumed. Raises UserError if the flags or the checkpoint do not fit.
     """
     model = ae.MODELS[args.model]
-    start = ae.load(start_from) if start_from else None
     tune = args.model == "vmae" and args.tune_decoder
+    if tune and not config and not os.path.exists(init):
+        raise UserError(
+            f"--tune_decoder is VMAE's last stage, and there is no first one in {init}: train it, or "
+            "name a checkpoint with --init"
+        )
+    start = ae.load(init) if init else None
     if tune and start and start.recipe["name"] != "vmae":
-        raise UserError(f"--tune_decoder is VMAE's last stage, {start_from} is of another model")
+        raise UserError(f"--tune_decoder is VMAE's last stage, {init} is of another model")
     if config is None:
         config = {name: getattr(args, name) for name in ARGUMENTS if name in args}
         config["weights"] = {name: getattr(args, name) for name in model.weights if name in args}
         if tune:
             # The KL is no term of this stage, but its weight says whether the latent is the mean.
-            config["weights"]["kl"] = start.weights.get("kl", 0.0)
+            config["weights"]["kl"] = start.weights["kl"]
             config = start.recipe["config"] | config
     net = model(**config)
     net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
@@ -453,7 +458,7 @@ def build(args, start_from=None, config=None):
         heads = [c.get("num_heads", 12) for c in (start.recipe["config"], config)]
         if shapes(state) != shapes(net.state_dict()) or heads[0] != heads[1]:
             raise UserError(
-                f"--init {start_from} is of another model or of other sizes than the flags say: "
+                f"--init {init} is of another model or of other sizes than the flags say: "
                 f"it holds a {start.recipe['name']} of {start.recipe['config']}"
             )
         net.load_state_dict(state)
@@ -546,9 +551,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # end a training run after its step
 
 # Dense products in bfloat16 that GPUs can do, in TFLOP/s, from their makers' data sheets.
 PEAKS = {
-    **{"A10": 125, "A30": 165, "A40": 150, "A100": 312, "RTX A6000": 155, "RTX 3090": 71},
-    **{"L4": 121, "L40": 181, "L40S": 362, "RTX 6000 Ada": 364, "RTX 4090": 165},
-    **{"H100": 989, "H100 PCIe": 756, "H200": 989, "B200": 2250, "RTX 5090": 209},
+    "A10": 125,
+    "A30": 165,
+    "A40": 150,
+    "A100": 312,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H200": 989,
+    "B200": 2250,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 209,
+    "RTX A6000": 155,
+    "RTX 6000 Ada": 364,
 }
 
 # Flags that may differ from those of the run that --resume goes on with.
@@ -646,6 +664,10 @@ def settle(parser, recipe_of, kind):
         if ckpt.get("kind") != kind or "args" not in ckpt:
             raise UserError(
                 f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out"
+            )
+        if "optimizer" not in ckpt:
+            raise UserError(
+                f"{path} is a numbered file, which has no optimiser to resume: start from it with --init"
             )
         saved = ckpt["args"]
         for name in sorted(flags.keys() & saved.keys() - FREE_ON_RESUME):
@@ -750,8 +772,9 @@ def gflops(module, *inputs, method="forward"):
 
 def peak_of(gpu):
     """Dense bfloat16 FLOP/s of a GPU by its name, such as "NVIDIA A100-SXM4-40GB", or None."""
-    names = [name for name in PEAKS if re.search(rf"\b{name}\b(?! Laptop)", gpu)]
-    return PEAKS[max(names, key=len)] * 1e12 if names else None
+    # Not a card of another make that has the name in its own, nor a slice of a card.
+    names = [name for name in PEAKS if re.search(rf"\b{name}\b(?! (Laptop|Ti|D|NVL)\b)", gpu)]
+    return PEAKS[max(names, key=len)] * 1e12 if names and "MIG" not in gpu else None
 
 
 class Run:
@@ -791,7 +814,7 @@ class Run:
 
     def introduce(self, images, net, training_flops):
         """Print the settings in force, the data, the network and its cost per image in training."""
-        args, self.training_flops = self.args, training_flops
+        args, self.training_flops = self.args, training_flops  # for the log's MFU, too
         print("demo settings (no --data given)" if args.data is None else "paper settings")
         print("  ".join(f"{name} {value}" for name, value in settings(args).items()))
         print(
@@ -950,9 +973,10 @@ class Run:
         self.start_clock()
 
     def usage_of_gpu(self, speed):
-        """MFU, the share of the GPU's bfloat16 peak that training makes of it, and GiB at most.
+        """The peak memory in GiB and MFU, the share of the GPU's bfloat16 peak that training reaches.
 
-        speed: images per second, of all processes. Empty on a CPU; no MFU of a GPU not in PEAKS.
+        speed: images per second, of all processes. Empty on a CPU; no MFU for GPUs that are not in
+        PEAKS. An SD-VAE's discriminator is counted from the first step.
         """
         if self.device == "cpu":
             return {}
@@ -997,17 +1021,16 @@ class Run:
         path = os.path.join(self.args.out, "ckpt.pt")
         ckpt |= {"step": self.done, "skipped": self.skipped.item(), "args": settings(self.args)}
         states = {name: part.state_dict() for name, part in self.parts.items()}
+        weights = "ema" if "ema" in states else "model"
         try:
-            if self.keep_due():
-                weights = "ema" if "ema" in states else "model"
-                with ae.whole_file(path.replace(".pt", f"-{self.done:07}.pt")) as file:
-                    torch.save(ckpt | {weights: states[weights]}, file)
-            ckpt |= states
             with ae.whole_file(path, keep_old_as=previous(path) if self.saved else None) as file:
-                torch.save(ckpt, file)
+                torch.save(ckpt | states, file)
             self.saved = self.done
+            if self.keep_due():
+                with ae.whole_file(f"{path.removesuffix('.pt')}-{self.done:07}.pt") as file:
+                    torch.save(ckpt | {weights: states[weights]}, file)
         except UserError as error:
-            warn(f"step {self.done} is not saved, {path} stays as it was: {error}")
+            warn(f"step {self.done} is not saved, older files stay as they were: {error}")
         self.start_clock()
 
     def draw(self, function):
@@ -1182,9 +1205,10 @@ class Batches(torch.utils.data.Dataset):
     """Micro-batches, each made by one worker: keys [(index, epoch, flip), ...] -> pixels, labels,
     unreadable indices.
 
-    transform(image, index, epoch, flip) -> (3, S, S), uint8 or float in [-1, 1]; pixels (B, 3, S, S),
-    labels (B,). An image that cannot be read is replaced by the next one. If more than the tolerated share of all
-    images are found unreadable within a micro-batch, pixels and labels are 0.
+    transform(image, index, epoch, flip) -> (3, S, S), uint8 or float in [-1, 1]; pixels
+    (B, 3, S, S), labels (B,). An image that cannot be read is replaced by the next one. If more than
+    the tolerated share of all images are found unreadable within a micro-batch, pixels and labels
+    are 0.
     """
 
     def __init__(self, images, transform, tolerate=0.01):
@@ -1339,9 +1363,14 @@ def load_if_there(measure, load, device, skipped):
 
 
 def name_of(path, taken):
-    """What a checkpoint is called in the table: its file's name, or its folder's for ckpt.pt."""
+    """What a checkpoint is called in the table: its file's name, or its folder's for ckpt.pt.
+
+    The numbered files of a folder keep their numbers: vmae-0056301.
+    """
     path = Path(os.path.abspath(path))
-    name = path.parent.name if path.stem == "ckpt" else path.stem
+    name = path.stem
+    if re.fullmatch(r"ckpt(-\d{7})?", name):
+        name = path.parent.name + name.removeprefix("ckpt")
     return f"{name}-{len(taken)}" if name in taken else name
 
 

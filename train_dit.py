@@ -71,7 +71,6 @@ PAPER = COMMON | dict(
     shift=dit.SAMPLING["shift"],
 )
 STEPS_OF_A_SINGLE_CLASS = 60_000  # [S] CelebA-HQ
-STATISTICS = ("latent_mean", "latent_std")  # per channel, in checkpoints
 
 # What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
 DEMO = PAPER | dict(
@@ -100,8 +99,8 @@ def recipe_of(flags):
     recipe = PAPER
     if "data" not in flags:
         recipe = DEMO | dict(cache=os.path.join(flags.get("out", DEMO["out"]), "latents"))
-    if not os.path.exists(recipe["ae"]):  # the decoder is not tuned
-        recipe = recipe | dict(ae=recipe["ae"].replace("-tuned", ""))
+    if not os.path.exists(recipe["ae"]):  # its decoder is not tuned
+        recipe = recipe | dict(ae=recipe["ae"].replace("vmae-tuned", "vmae"))
     return recipe, "train_dit.py"
 
 
@@ -111,7 +110,7 @@ def recipe_of(flags):
 def parse_args():
     """(args, checkpoint to resume or None)."""
     parser, add = new_parser(__doc__, {"": DEMO}, {"": PAPER})
-    add("--ae", help="checkpoint of the autoencoder; without a tuned one that of the first stage")
+    add("--ae", help="autoencoder's checkpoint; if its decoder is not tuned, the first stage's")
     add("--cache", help="folder for the moments of all images")
     add("--init", help="DiT to start from, of ours or LightningDiT's; ours brings its autoencoder")
     add("--out", help="folder for checkpoint, log and pictures")
@@ -159,6 +158,19 @@ def train(args, ckpt):
     # The images; a single class has no null class and no guidance.
     images = Images(args.data)
     num_classes = len(images.classes)
+
+    # The DiT to start from. One of ours brings its settings, its autoencoder and the statistics of
+    # its latents, unless --ae names another autoencoder.
+    start, info, carried = None, {}, ckpt
+    if args.init and not ckpt:
+        start, info = dit.load(args.init)
+        if info.get("kind") == "dit":
+            for name in {"model", "qk_norm", "class_dropout"} - args.given:
+                setattr(args, name, info["args"][name])
+            if "ae" not in args.given:
+                args.ae, carried = args.init, info
+                if "image_size" not in args.given:
+                    args.image_size = info["args"]["image_size"]
     if num_classes == 1 and not ckpt and "steps" not in args.given:
         args.steps = STEPS_OF_A_SINGLE_CLASS
     if num_classes == 1 or args.class_dropout == 0:
@@ -168,21 +180,9 @@ def train(args, ckpt):
     if ckpt and finished(args, ckpt, images):
         return
 
-    # The DiT to start from: one of ours brings its size, its autoencoder and the latents' statistics.
-    start, brought = None, {}
-    if args.init and not ckpt:
-        start, brought = dit.load(args.init)
-    ours = brought.get("kind") == "dit"
-    if ours and "model" not in args.given:
-        args.model = brought["dit_config"]["name"]
-    keeps_latents = ours and "ae" not in args.given
-
     # The frozen autoencoder, and the shape of its latents.
-    if ckpt or keeps_latents:
-        autoencoder = ae.from_checkpoint((ckpt or brought)["ae"])
-    else:
-        autoencoder = ae.load(args.ae)
-    if not ckpt and "image_size" not in args.given:
+    autoencoder = ae.from_checkpoint(carried["ae"]) if carried else ae.load(args.ae)
+    if not carried and "image_size" not in args.given:
         args.image_size = autoencoder.image_size or args.image_size
         if args.data and args.image_size < PAPER["image_size"] and rank_and_world()[0] == 0:
             warn(
@@ -204,7 +204,7 @@ def train(args, ckpt):
     }
     net = dit.DiT_models[args.model](**config)
     if start:
-        start_from(net, start, args.init, brought.get("class_names"), images.classes)
+        start_from(net, start, args.init, info.get("class_names"), images.classes)
     net.to(run.device)
 
     # Where posteriors come from: moments that a cache holds, or images that are encoded on the fly.
@@ -216,11 +216,12 @@ def train(args, ckpt):
         cache.fill(posterior_of, dataset, run)
         dataset = cache
         posterior_of = functools.partial(ae.Posterior, deterministic=autoencoder.deterministic)
-    if ckpt or keeps_latents:
-        statistics = [(ckpt or brought)[name].to(run.device) for name in STATISTICS]
+    if carried:
+        latent_mean, latent_std = carried["latent_mean"], carried["latent_std"]
     else:
-        statistics = latent_statistics(dataset, posterior_of, len(images), run)
-    latent_mean, latent_std = (values.view(-1, 1, 1) for values in statistics)
+        latent_mean, latent_std = latent_statistics(dataset, posterior_of, len(images), run)
+    latent_mean = latent_mean.to(run.device).view(-1, 1, 1)
+    latent_std = latent_std.to(run.device).view(-1, 1, 1)
 
     # The average of the weights, the optimiser.
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -229,7 +230,7 @@ def train(args, ckpt):
     if run.rank == 0:
         run.introduce(images, net, training_flops(net, args.latent_shape))
     run.begin(ckpt, model=net, ema=ema, optimizer=optimizer)
-    del ckpt, start, brought
+    del ckpt, start, info, carried
     if run.compiled:
         torch._dynamo.config.optimize_ddp = False  # as in train_ae.compile_for_training
         net.compile(dynamic=False)
@@ -293,23 +294,23 @@ def train(args, ckpt):
 def start_from(net, start, path, their_classes, classes):
     """Give net the weights of start, the DiT in the file `path`.
 
-    The embeddings of classes are taken over if the classes are the same, by name and order, or by
-    number where the file has no names (None); else they stay new, and only the null class is taken
-    over. Raises UserError if the sizes differ.
+    The embeddings of the classes are kept if the classes are the same, by name and order, or by
+    number where the file has no names (None). Otherwise they start afresh, and only the null class's
+    is kept. Raises UserError if the sizes differ.
     """
     table = "y_embedder.embedding_table.weight"
     old, new = start.state_dict(), net.state_dict()
     old_table, new_table = old.pop(table), new.pop(table)
     if {k: v.shape for k, v in old.items()} != {k: v.shape for k, v in new.items()}:
         raise UserError(
-            f"--init {path} is a DiT of other sizes than the flags say, or of other latents (its have "
-            f"{start.in_channels} channels on a grid of {start.grid}, here they have "
-            f"{net.in_channels} on {net.grid}): check --model, --qk_norm, --ae and --image_size"
+            f"--init {path} is a DiT of other sizes than the flags say, or of other latents (there they have "
+            f"{start.in_channels} channels on a grid of {start.grid}, here {net.in_channels} on "
+            f"{net.grid}): check --model, --qk_norm, --ae and --image_size"
         )
-    same = their_classes in (None, classes) and old_table.shape == new_table.shape
+    same = their_classes in (None, classes) and start.num_classes == net.num_classes
     if same:
-        new_table = old_table
-    elif start.class_dropout_prob > 0 and net.class_dropout_prob > 0:
+        new_table[: net.num_classes] = old_table[: net.num_classes]
+    if start.class_dropout_prob > 0 and net.class_dropout_prob > 0:
         new_table[-1] = old_table[-1]
     net.load_state_dict(old | {table: new_table})
     if rank_and_world()[0] == 0:

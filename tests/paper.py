@@ -37,6 +37,7 @@ import io
 import json
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -59,7 +60,7 @@ import train_dit
 # ---- Recipes: what the comparison spends ----
 
 BUDGET = dict(
-    seconds=100.0,  # of training for each autoencoder, on one thread
+    seconds=60.0,  # of training for each autoencoder, on one thread
     steps=400,  # of the comparison at equal steps
     rates=[0.5, 1.0, 2.0],  # learning rates that are tried, in units of the demo's
     search=1 / 3,  # share of the seconds that a trial of a learning rate gets
@@ -105,6 +106,7 @@ def main():
     threads = torch.get_num_threads()
     # Two scripts beside each other do not share threads, and results do not depend on the machine's.
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         compare(args, SMOKE if args.smoke else BUDGET)
     except ae.UserError as error:
@@ -210,9 +212,9 @@ def at_equal_steps(model, rate, seed, budget):
 
 def ablation_row(row, rate, seed, speed, budget):
     """The last row is the VMAE of the comparison at equal seconds, and is not trained again."""
-    name = f"ablation/{list(ABLATION).index(row)}-{seed}"
     if not ABLATION[row]:
         return at_equal_seconds("vmae", rate, seed, speed, budget)
+    name = f"ablation/{list(ABLATION).index(row)}-{seed}"
     steps = steps_for(budget["seconds"], speed["vmae"], budget)
     return piece(name, "vmae", steps, rate, seed, ABLATION[row])
 
@@ -276,6 +278,10 @@ def workers(number):
 
     try:
         yield as_they_end
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()  # a training script saves and ends after its step
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -331,7 +337,8 @@ def generate(path, seed, folder, budget):
 def train(script, folder, steps, flags):
     """Run a training script to its end, or what is left of it; returns the checkpoint's path."""
     path = folder / "ckpt.pt"
-    call(script, [*flags, "--device", "cpu", *["--resume"] * path.exists()], folder)
+    resume = ["--resume"] if list(folder.glob("ckpt*.pt")) else []
+    call(script, [*flags, "--device", "cpu", *resume], folder)
     if log_of(folder)[-1]["step"] < steps:
         raise KeyboardInterrupt  # a signal has ended the script
     return path

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -352,7 +353,7 @@ def test_the_three_stages_are_two_commands_and_keep_tables_encoder_and_mask_toke
 def test_each_stage_of_the_demo_finds_the_one_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out" / "demo"
-    assert "out/demo/vmae/ckpt.pt" in fails(train_ae, "--tune_decoder")
+    assert "no first one in out/demo/vmae/ckpt.pt" in fails(train_ae, "--tune_decoder")
     run(train_ae, TINY_VIT, "--steps 1")
     run(train_dit, "--steps 1 --batch 8 --sample_steps 1 --out first")
     run(train_ae, "--tune_decoder --steps 2")
@@ -375,6 +376,10 @@ def test_a_numbered_file_of_the_first_stage_starts_the_last_one(tmp_path):
     # No optimiser, and the weights of that step
     assert kept["step"] == 2 and "optimizer" not in kept and "optimizer" in last
     assert not torch.equal(kept["model"]["to_latent.weight"], last["model"]["to_latent.weight"])
+    # It is no file to resume, and its row in a table has the name of its run.
+    shutil.copy(out / "ckpt-0000002.pt", tmp_path / "ckpt.pt")
+    assert "no optimiser to resume" in fails(train_ae, "--out", tmp_path, "--resume")
+    assert train_ae.name_of(out / "ckpt-0000002.pt", []) == "first-0000002"
     run(train_ae, "--out", tuned, "--tune_decoder --init", out / "ckpt-0000002.pt", "--steps 1")
     assert torch.equal(
         read(tuned / "ckpt.pt")["model"]["to_latent.weight"], kept["model"]["to_latent.weight"]

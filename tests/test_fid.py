@@ -480,6 +480,7 @@ def test_a_saved_reference_of_a_reference_batch_keeps_both_of_its_parts(
         assert all(np.array_equal(ours[name], stored[name]) for name in stored)
         # ADM's evaluator reads these names beside arr_0; pytorch-fid the first two of them
         assert {name: x.shape for name, x in ours.items()} == {
+            "half_pixel": (),
             **fid.STATISTICS,
             "pool": (9, 2048),
         }
@@ -487,6 +488,12 @@ def test_a_saved_reference_of_a_reference_batch_keeps_both_of_its_parts(
         with np.load(tmp_path / "batch.npz") as batch:
             np.savez(tmp_path / "adm.npz", **ours, arr_0=batch["arr_0"])
     assert metrics(tmp_path / "adm.npz", *flags) == first
+
+
+def test_a_saved_reference_is_not_mixed_with_images_that_are_resized_otherwise(sets, weights):
+    args = (sets / "stats.npz", sets / "samples.npz", "--inception", weights)
+    with pytest.raises(SystemExit, match="it was saved with --half_pixel 0"):
+        metrics(*args, "--half_pixel")
 
 
 def test_statistics_serve_as_reference_without_precision_and_recall(
