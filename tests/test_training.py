@@ -69,7 +69,9 @@ def test_vmae_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path):
 
 def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, tiny_vmae):
     one, micro, two = tmp_path / "one", tmp_path / "micro", tmp_path / "two"
-    flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 2")
+    # Where a gate of adaLN-Zero is still near zero, a gradient is hardly more than rounding, and Adam
+    # moves its weight by the learning rate either way: the demo's would show that alone.
+    flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 2 --lr 1e-4")
     run(train_dit, "--out", one, *flags)
     run(train_dit, "--out", micro, *flags, "--micro_batch 4")
     torchrun(2, "train_dit.py", "--out", two, *flags)
@@ -567,7 +569,7 @@ def test_numbered_files_of_a_dit_are_enough_to_draw_from(tmp_path, tiny_vmae):
 def test_each_access_draws_a_fresh_posterior_sample(tiny_vmae):
     posterior = ae.load(tiny_vmae).encode(normal(0, 1, 3, 32, 32))
     first, second = (
-        posterior.sample(torch.randn(1, 8, 4, 4, generator=train_ae.generator("cpu", 0, step)))
+        posterior.sample(torch.randn(1, 16, 4, 4, generator=train_ae.generator("cpu", 0, step)))
         for step in (1, 2)
     )
     assert not torch.equal(first, second)
@@ -581,7 +583,7 @@ def test_latent_statistics_normalise_each_channel(tiny_vmae):
         generator = functools.partial(train_ae.generator, "cpu", 0)
 
         class args:
-            seed, workers, latent_shape = 0, 0, (8, 4, 4)
+            seed, workers, latent_shape = 0, 0, (16, 4, 4)
 
     crop = functools.partial(train_ae.crop_and_flip, 32, False)
     dataset = train_ae.Batches(images, crop)
@@ -689,7 +691,7 @@ def test_png_files_are_the_pictures_of_the_npz(tmp_path, tiny_dit, monkeypatch):
         (batch,) = fid.open_set(folder).batches([(0, 20)], 1)
         assert np.array_equal(batch, images)
         assert sorted(folder.parent.iterdir()) == [folder]
-    assert "is there already" in fails(sample, "--out", tmp_path / "one", *flags, "--png")
+    assert "exists: remove it" in fails(sample, "--out", tmp_path / "one", *flags, "--png")
     assert "--num" in fails(sample, "--out", tmp_path, "--ckpt", tiny_dit, "--png")
 
 
@@ -812,9 +814,10 @@ def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, of_imagene
 
 
 def test_names_are_those_of_folders_but_for_imagenet_s_wnids():
-    wnids = [f"n{i:08}" for i in range(1000)]
+    others = [f"n{i:08}" for i in range(1000)]  # a thousand classes of ImageNet-21k, say
+    wnids = ["n01440764", *others[1:]]
     assert sample.names_in_words(wnids)[88] == "Macaw"
-    for folders in (wnids[:999], [f"class {i}" for i in range(1000)], ["rose", ""]):
+    for folders in (others, wnids[:999], [f"class {i}" for i in range(1000)], ["rose", ""]):
         assert sample.names_in_words(folders) == folders
     flowers = ["lily", "3", "rose", "", "Rose", "tulip"]
     assert [sample.caption(flowers, label) for label in (0, 1, 3)] == ["lily (0)", "3 (1)", "3"]
