@@ -421,7 +421,8 @@ def build(args, init=None, config=None):
     """The autoencoder that the flags describe, and its class's arguments, which checkpoints keep.
 
     init: a checkpoint of a model of the same sizes, whose weights it gets; --tune_decoder also takes
-    its sizes. config: the arguments, of a run that is resumed. Raises UserError if the flags or the checkpoint do not fit.
+    its sizes. config: the arguments, of a run that is resumed. Raises UserError if the flags or the
+    checkpoint do not fit.
     """
     model = ae.MODELS[args.model]
     tune = args.model == "vmae" and args.tune_decoder

@@ -303,8 +303,8 @@ def start_from(net, start, path, their_classes, classes):
     old_table, new_table = old.pop(table), new.pop(table)
     if {k: v.shape for k, v in old.items()} != {k: v.shape for k, v in new.items()}:
         raise UserError(
-            f"--init {path} is a DiT of other sizes than the flags say, or of other latents (there they have "
-            f"{start.in_channels} channels on a grid of {start.grid}, here {net.in_channels} on "
+            f"--init {path} is a DiT of other sizes than the flags say, or of other latents (there "
+            f"they have {start.in_channels} channels on a grid of {start.grid}, here {net.in_channels} on "
             f"{net.grid}): check --model, --qk_norm, --ae and --image_size"
         )
     same = their_classes in (None, classes) and start.num_classes == net.num_classes
