@@ -388,10 +388,13 @@ def test_a_mistake_under_torchrun_is_said_once_and_leaves_nothing_behind(tmp_pat
 @pytest.mark.slow
 def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 1")
+    # AdamW divides a gradient by its own size: where that is near zero, rounding alone moves a
+    # weight by a share of the learning rate. At the demo's 3e-3 it moved seven weights of 1.3
+    # million by more than 1e-4; at 1e-3 none by more than 1e-6.
+    flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 1 --lr 1e-3")
     run(train_dit, "--out", eager, *flags)
     run(train_dit, "--out", compiled, *flags, "--compile 1")
-    assert difference(eager, compiled) < 1e-4
+    assert difference(eager, compiled) < 1e-5
 
 
 def test_an_unreadable_image_is_skipped_by_name_and_many_stop_the_run(folder, tmp_path, capsys):
