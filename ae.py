@@ -1,7 +1,7 @@
-"""The six autoencoders of the paper (supplement, section A), their objectives, and the loading of weights.
+"""The six autoencoders of the paper (supplement, section A), their objectives, loading of weights.
 
-    AE (eq. 3)   DAE (eq. 4)   VAE (eq. 5)   SDVAE (eq. 6)      convolutional: the Stable Diffusion 3 VAE
-    MAE (eq. 7)  VMAE (main paper, section 4)                   a ViT with masking
+    AE (eq. 3)  DAE (eq. 4)  VAE (eq. 5)  SDVAE (eq. 6)    convolutional: Stable Diffusion 3's VAE
+    MAE (eq. 7)  VMAE (main paper, section 4)              a ViT with masking
 
     encode(x) -> Posterior      x (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)
     decode(z) -> images         z (B, C, H/f, W/f) -> (B, 3, H, W), about [-1, 1], not clamped
@@ -84,11 +84,11 @@ class Autoencoder(nn.Module):
     """What the six have in common.
 
     A class says with `deterministic` whether its latent is the posterior's mean (as it also is with
-    a KL weight of 0), with `masked` whether it is a ViT that is trained on visible patches (and takes
-    images of `image_size` pixels only), and with `weights` the lambda of each term of its objective.
-    Each instance has `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a
-    latent position; and `image_size`, the pixels on a side of the images it was trained on, None if
-    that is unknown.
+    a KL weight of 0), with `masked` whether it is a ViT that is trained on visible patches (and
+    takes images of `image_size` pixels only), and with `weights` the lambda of each term of its
+    objective. Each instance has `latent_dim`, the latent's channels C; `patch_size`, the pixels f
+    on a side of a latent position; and `image_size`, the pixels on a side of the images it was
+    trained on, None if that is unknown.
     """
 
     deterministic = True
@@ -125,8 +125,8 @@ class Autoencoder(nn.Module):
         weights = {"recon": 1.0, **self.weights}
         loss = None
         for name, term in terms.items():
-            # Not 0 + 1 * term: torch.compile folds that into the term itself, and detaching the term
-            # below would then detach the loss.
+            # Not 0 + 1 * term: torch.compile folds that into the term itself, and detaching the
+            # term below would then detach the loss.
             weighted = term if weights[name] == 1 else weights[name] * term
             loss = weighted if loss is None else loss + weighted
         return loss, {name: term.detach() for name, term in terms.items()}, x_hat
@@ -489,9 +489,8 @@ class MAE(Autoencoder):
     def encode_tokens(self, x, ids_keep=None):
         """Images -> moments (B, tokens, 2C) of the patches ids_keep (B, tokens), or of all."""
         self.latent_shape(*x.shape[-2:])  # raises if the size does not fit
-        tokens = (
-            self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
-        )  # (B, L, D)
+        tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, L, D)
+        tokens = tokens + self.pos_embed
         if ids_keep is not None:
             tokens = tokens.take_along_dim(ids_keep[..., None], 1)  # (B, keep, D)
         return self.to_latent(self.norm(self.blocks(tokens)))
@@ -649,7 +648,7 @@ def from_checkpoint(ckpt, path="the checkpoint"):
             name, config = ckpt["name"], ckpt["config"]
         elif "from_latent.weight" in state:
             name, config = "vmae", config_of_release(state)
-            # The release's files for generation have no mask token. Without a mask, nothing uses it.
+            # The release's files for generation have no mask token: without a mask it is not used.
             state.setdefault("mask_token", torch.zeros(1, 1, config["hidden_size"]))
         elif "encoder.conv_in.weight" in state:
             name, config = "sdvae", config_of_diffusers(state)
@@ -944,7 +943,10 @@ def whole_file(path, keep_old_as=None):
 
 
 def to_uint8(x):
-    """Images (B, 3, H, W), about [-1, 1] -> NumPy uint8 (B, H, W, 3): floor(clamp(127.5 x + 128))."""
+    """Images (B, 3, H, W) in about [-1, 1] -> NumPy uint8 (B, H, W, 3).
+
+    It is floor(clamp(127.5 x + 128, 0, 255)), as in the evaluator.
+    """
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -268,7 +268,7 @@ def sample(
     cfg_start=SAMPLING["cfg_start"],
     shift=SAMPLING["shift"],
 ):
-    """Euler's method from noise (B, C, H, W), for classes y (B,) -> normalised latents (B, C, H, W).
+    """Euler's method: noise (B, C, H, W), classes y (B,) -> normalised latents (B, C, H, W).
 
     `steps` evaluations on a grid of steps + 1 times, which the shift s bends:
     t' = s t / (1 + (s - 1) t). A step is guided if its starting time t' >= cfg_start.

@@ -326,8 +326,8 @@ class Source:
         if not (found == wanted and len(mean) == len(std) == model.in_channels):
             raise UserError(
                 f"the autoencoder's latents {found} or the statistics ({len(mean)} and {len(std)} "
-                f"channels) do not fit the DiT's latents {wanted}: name those it was trained on with "
-                "--ae, --stats"
+                f"channels) do not fit the DiT's latents {wanted}: name those it was trained on "
+                "with --ae, --stats"
             )
 
         settings = settings_of(args, info, guided=model.class_dropout_prob > 0)
@@ -402,7 +402,7 @@ def settings_of(args, info, guided):
             settings[name] = getattr(args, name)
     if settings["cfg_scale"] > 1 and not guided:
         raise UserError(
-            "--cfg_scale above 1 needs a DiT of several classes that was trained with dropped labels"
+            "--cfg_scale above 1 needs a DiT of several classes, trained with dropped labels"
         )
     return settings
 

@@ -131,8 +131,8 @@ PAPER = {
         tune_decoder=False,
     ),
 }
-# VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction. The sizes of
-# the network are those of the checkpoint that it starts from.
+# VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction. The sizes
+# of the network are those of the checkpoint that it starts from.
 PAPER["tune"] = RUN | dict(
     tune_decoder=True,
     init="out/vmae/ckpt.pt",
@@ -226,7 +226,7 @@ EVAL = dict(
 
 
 def recipe_of(flags):
-    """(recipe, the flags that select it, for messages): the settings that the flags can override."""
+    """(recipe, the flags that select it): the settings that flags override; a name for messages."""
     if "eval" in flags:
         return EVAL if "data" in flags else EVAL | dict(workers=0), "--eval"
     recipes = PAPER if "data" in flags else DEMO
@@ -374,8 +374,8 @@ def train(args, ckpt):
 
     for step in range(run.done, args.steps):
         # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
-        # processes or smaller micro-batches change the speed, not the run. (Of an SD-VAE they do: D's
-        # batch norm and the adaptive weight see a micro-batch.)
+        # processes or smaller micro-batches change the speed, not the run. (Of an SD-VAE they do:
+        # D's batch norm and the adaptive weight see a micro-batch.)
         draws = net.randomness(args.batch, args.image_size, run.generator(step))
         with_disc = adversarial and step + 1 >= args.disc_start
         totals = {}
@@ -420,16 +420,16 @@ def train(args, ckpt):
 def build(args, init=None, config=None):
     """The autoencoder that the flags describe, and its class's arguments, which checkpoints keep.
 
-    init: a checkpoint of a model of the same sizes, whose weights it gets; --tune_decoder also takes
-    its sizes. config: the arguments, of a run that is resumed. Raises UserError if the flags or the
-    checkpoint do not fit.
+    init: a checkpoint of a model of the same sizes, whose weights it gets; --tune_decoder also
+    takes its sizes. config: the arguments, of a run that is resumed. Raises UserError if the flags
+    or the checkpoint do not fit.
     """
     model = ae.MODELS[args.model]
     tune = args.model == "vmae" and args.tune_decoder
     if tune and not config and not os.path.exists(init):
         raise UserError(
-            f"--tune_decoder is VMAE's last stage, and there is no first one in {init}: train it, or "
-            "name a checkpoint with --init"
+            f"--tune_decoder is VMAE's last stage, and there is no first one in {init}: train it, "
+            "or name a checkpoint with --init"
         )
     start = ae.load(init) if init else None
     if tune and start and start.recipe["name"] != "vmae":
@@ -489,9 +489,9 @@ def compile_for_training(net, adversarial):
     parts = [net]
     if adversarial:
         parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
-    # DDP's own splitting of the graph has computed wrong gradients (PyTorch 2.4). Sizes never change
-    # in training; if they may, all levels of an SD-VAE share a graph of symbolic sizes, which 2.8
-    # fails to compile.
+    # DDP's own splitting of the graph has computed wrong gradients (PyTorch 2.4). Sizes never
+    # change in training; if they may, all levels of an SD-VAE share a graph of symbolic sizes,
+    # which 2.8 fails to compile.
     torch._dynamo.config.optimize_ddp = False
     for part in parts:
         part.compile(dynamic=False)
@@ -528,8 +528,8 @@ def preview_images(images, crop, workers, device):
 
 @torch.no_grad()
 def draw_reconstructions(net, x, run):
-    """recon.png: originals, reconstructions; with masking also what the encoder sees in training and
-    what the decoder makes of it."""
+    """recon.png: originals, reconstructions; with masking also what the encoder sees in training
+    and what the decoder makes of it."""
     # A copy is not compiled, so that the pictures' batch does not compile everything once more.
     net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
@@ -625,8 +625,8 @@ def new_parser(doc, demo, paper):
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         usage="%(prog)s [flags]",
-        epilog="demo: without --data; paper: with it. Where the defaults come from: see the recipes "
-        "at the top of\nthe script.",
+        epilog="demo: without --data; paper: with it. Where the defaults come from: see the "
+        "recipes at the top of\nthe script.",
     )
 
     def refuse(message):
@@ -664,11 +664,13 @@ def settle(parser, recipe_of, kind):
         ckpt = read_latest(path)
         if ckpt.get("kind") != kind or "args" not in ckpt:
             raise UserError(
-                f"{path} is of kind {ckpt.get('kind')}, this script resumes kind {kind}: check --out"
+                f"{path} is of kind {ckpt.get('kind')}, not {kind}, which this script resumes: "
+                "check --out"
             )
         if "optimizer" not in ckpt:
             raise UserError(
-                f"{path} is a numbered file, which has no optimiser to resume: start from it with --init"
+                f"{path} is a numbered file, which has no optimiser to resume: start from it with "
+                "--init"
             )
         saved = ckpt["args"]
         for name in sorted(flags.keys() & saved.keys() - FREE_ON_RESUME):
@@ -682,7 +684,8 @@ def settle(parser, recipe_of, kind):
         for name, value in paths.items():
             if saved[name] and not value:
                 raise UserError(
-                    f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder again"
+                    f"{path} is of a run with --{name} {saved[name]}: to resume, name the folder "
+                    "again"
                 )
         # What the checkpoint does not hold, such as --device, comes from the recipe of its model.
         selects = {k: saved[k] for k in ("model", "data", "tune_decoder") if saved.get(k)}
@@ -722,7 +725,7 @@ def read_latest(path):
 
 
 def finished(args, ckpt, images):
-    """True, and says so, if the run of ckpt is already complete. Raises UserError for other images."""
+    """True, and says so, if the run of ckpt is complete. Raises UserError for other images."""
     n, classes = len(images), images.classes
     if (ckpt["images"], ckpt.get("class_names", classes)) != (n, classes):
         raise UserError(
@@ -825,8 +828,8 @@ class Run:
         )
         parameters = sum(p.numel() for p in net.parameters())
         print(
-            f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2**20:.1f} MiB in float32, "
-            f"{training_flops / 1e9:.4g} GFLOPs per image in training"
+            f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2**20:.1f} MiB in "
+            f"float32, {training_flops / 1e9:.4g} GFLOPs per image in training"
         )
         print(
             f"{self.world} processes on {self.device}, "
@@ -880,7 +883,7 @@ class Run:
     # ---- What a step needs ----
 
     def generator(self, *key):
-        """The source of all that is random under this key, such as a step; alike in every process."""
+        """The source of all that is random under this key, such as a step; alike everywhere."""
         return generator(self.device, self.args.seed, *key)
 
     def autocast(self):
@@ -974,7 +977,7 @@ class Run:
         self.start_clock()
 
     def usage_of_gpu(self, speed):
-        """The peak memory in GiB and MFU, the share of the GPU's bfloat16 peak that training reaches.
+        """Peak memory in GiB, and MFU, the share of the GPU's bfloat16 peak that training reaches.
 
         speed: images per second, of all processes. Empty on a CPU; no MFU for GPUs that are not in
         PEAKS. An SD-VAE's discriminator is counted from the first step.
@@ -1000,8 +1003,8 @@ class Run:
         self.ending = bool(flags[0])
         if flags[1]:
             raise UserError(
-                "20 steps in a row had a loss or a gradient that is not finite and were skipped: go "
-                "on from the last checkpoint with --resume and a smaller --lr or --grad_clip 1"
+                "20 steps in a row had a loss or a gradient that is not finite and were skipped: "
+                "go on from the last checkpoint with --resume and a smaller --lr or --grad_clip 1"
             )
 
     def save_due(self):
@@ -1151,7 +1154,7 @@ def crop_and_flip(size, mirror, image, index, epoch, flip):
 
 
 def crop_for_judging(size, image, index, epoch, flip):
-    """A transform of Batches: the crop on which the paper judges reconstructions, floats in [-1, 1].
+    """A transform of Batches: the paper's crop for judging reconstructions, floats in [-1, 1].
 
     The shorter side is resized to `size` bilinearly with antialiasing, without rounding to bytes,
     and the centre is cut out. Its pictures are smoother than those of ADM's crop: the same codec
@@ -1207,9 +1210,9 @@ class Batches(torch.utils.data.Dataset):
     unreadable indices.
 
     transform(image, index, epoch, flip) -> (3, S, S), uint8 or float in [-1, 1]; pixels
-    (B, 3, S, S), labels (B,). An image that cannot be read is replaced by the next one. If more than
-    the tolerated share of all images are found unreadable within a micro-batch, pixels and labels
-    are 0.
+    (B, 3, S, S), labels (B,). An image that cannot be read is replaced by the next one. If more
+    than the tolerated share of all images are found unreadable within a micro-batch, pixels and
+    labels are 0.
     """
 
     def __init__(self, images, transform, tolerate=0.01):
@@ -1287,8 +1290,8 @@ EPS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)  # of noise on latents, in units of each 
 def evaluate(args):
     """--eval: a Markdown table with a row per checkpoint, eval.json and a picture each in --out.
 
-    The paper's conventions: crop_for_judging; posterior mean; PSNR of uint8 images, averaged; SSIM of
-    images clamped to [-1, 1], over a range of 2; LPIPS on unclamped decodings; rFID with
+    The paper's conventions: crop_for_judging; posterior mean; PSNR of uint8 images, averaged; SSIM
+    of images clamped to [-1, 1], over a range of 2; LPIPS on unclamped decodings; rFID with
     pytorch-fid's resizing. L1's scale is not stated: the AE's PSNR, 32.18, is a root mean square
     error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1, 0.0218, goes with the first.
     """

@@ -258,7 +258,8 @@ def train(args, ckpt):
             y = torch.where(dropped[rows], num_classes, y)  # the null class
             if run.rank == 0 and step == first_step and rows == run.slices[0]:
                 print(
-                    f"normalised latents, first micro-batch: mean {x1.mean():.3f}, std {x1.std():.3f}"
+                    f"normalised latents, first micro-batch: mean {x1.mean():.3f}, "
+                    f"std {x1.std():.3f}"
                 )
             # DDP averages gradients over the processes, once per step.
             model.require_backward_grad_sync = rows == run.slices[-1]
@@ -295,8 +296,8 @@ def start_from(net, start, path, their_classes, classes):
     """Give net the weights of start, the DiT in the file `path`.
 
     The embeddings of the classes are kept if the classes are the same, by name and order, or by
-    number where the file has no names (None). Otherwise they start afresh, and only the null class's
-    is kept. Raises UserError if the sizes differ.
+    number where the file has no names (None). Otherwise they start afresh, and only the null
+    class's is kept. Raises UserError if the sizes differ.
     """
     table = "y_embedder.embedding_table.weight"
     old, new = start.state_dict(), net.state_dict()
@@ -304,8 +305,8 @@ def start_from(net, start, path, their_classes, classes):
     if {k: v.shape for k, v in old.items()} != {k: v.shape for k, v in new.items()}:
         raise UserError(
             f"--init {path} is a DiT of other sizes than the flags say, or of other latents (there "
-            f"they have {start.in_channels} channels on a grid of {start.grid}, here {net.in_channels} on "
-            f"{net.grid}): check --model, --qk_norm, --ae and --image_size"
+            f"they have {start.in_channels} channels on a grid of {start.grid}, here "
+            f"{net.in_channels} on {net.grid}): check --model, --qk_norm, --ae and --image_size"
         )
     same = their_classes in (None, classes) and start.num_classes == net.num_classes
     if same:
@@ -487,8 +488,8 @@ class Cache:
         for name, value in source.items():
             if found.get(name) != value:
                 raise UserError(
-                    f"--cache {self.folder} is of other latents, its {name} is {found.get(name)} and "
-                    f"not {value}: choose another folder"
+                    f"--cache {self.folder} is of other latents, its {name} is {found.get(name)} "
+                    f"and not {value}: choose another folder"
                 )
 
 
@@ -518,7 +519,7 @@ def cache_source(images, autoencoder, image_size, run):
 
 
 def latent_statistics(dataset, posterior_of, n, run):
-    """Mean and unbiased std (C,) per channel, of 10,000 random unflipped images, one sample each."""
+    """Mean and unbiased std (C,) per channel; a sample each of 10,000 random images, unflipped."""
     picked = np.random.default_rng((run.args.seed, n)).permutation(n)[:10000].tolist()
     chunks = [picked[i : i + 100] for i in range(0, len(picked), 100)]
     mine = range(run.rank, len(chunks), run.world)

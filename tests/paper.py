@@ -1,11 +1,11 @@
-"""The paper's comparison at the demo's scale: six autoencoders, the same DiT on the latents of each.
+"""The paper's comparison at the demo's scale: six autoencoders, the same DiT on each one's latents.
 
     python tests/paper.py                     an hour on two cores
     python tests/paper.py                     again: another hour, until three seeds are complete
     python tests/paper.py --seeds 1           one run of each instead of three
 
-Writes tables.md and pictures.png into --out. It starts nothing new after an hour (--minutes), and goes
-on where it was when it is called again.
+Writes tables.md and pictures.png into --out. It starts nothing new after an hour (--minutes), and
+goes on where it was when it is called again.
 
 What it does, in this order, on the demo's digits and with the demo's models:
 
@@ -25,8 +25,8 @@ of it. VMAE's budget includes the tuning of its decoder, both stages with the ch
 ablation's rows have VMAE's steps and rates. The DiT's settings and the guidance are the demo's, the
 same for all, as in the paper; the demo's were chosen on VMAE's latents, which is in its favour.
 
-The held-out digits choose the learning rates and are what reconstructions are judged on; samples are
-judged against the training digits, since a DiT draws those.
+The held-out digits choose the learning rates and are what reconstructions are judged on; samples
+are judged against the training digits, since a DiT draws those.
 """
 
 import argparse
@@ -104,7 +104,7 @@ ABLATION = {
 def main():
     args = parse_args()
     threads = torch.get_num_threads()
-    # Two scripts beside each other do not share threads, and results do not depend on the machine's.
+    # Scripts beside each other do not share threads, and results do not depend on the machine's.
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
@@ -323,7 +323,7 @@ def train_autoencoder(piece, folder, budget):
 
 
 def generate(path, seed, folder, budget):
-    """Train the DiT on an autoencoder's latents -> images uint8 (N, H, W, 3), their classes (N,)."""
+    """Train the DiT on an autoencoder's latents -> images uint8 (N, H, W, 3), classes (N,)."""
     steps = budget["dit_steps"]
     flags = ["--ae", path, "--steps", steps, "--seed", seed, "--ckpt_every", steps]
     flags += ["--sample_steps", budget["sample_steps"]]
@@ -572,8 +572,9 @@ def write_tables(out, budget, speed, psnr, best, results):
         )
     rates = ", ".join(f"{rate:g}" for rate in budget["rates"])
     text.append(
-        f"**Budget**: {budget['seconds']:g} seconds of training on one thread, or {budget['steps']} "
-        f"steps; learning rates x {rates} of the demo's. VMAE: training and tuning of the decoder."
+        f"**Budget**: {budget['seconds']:g} seconds of training on one thread, or "
+        f"{budget['steps']} steps; learning rates x {rates} of the demo's. VMAE: training and "
+        "tuning of the decoder."
     )
     text.append(markdown(header, rows))
 

@@ -58,7 +58,7 @@ def test_names_shapes_and_count_of_dit_b_are_lightningdit_s():
 
 @pytest.mark.parametrize("size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_each_size_has_the_published_number_of_weights(size, millions):
-    """DiT's table 1, for latents of 32 x 32 x 4; LightningDiT-XL/1's of 16 x 16 x 32 is 675, too."""
+    """DiT's table 1, latents of 32 x 32 x 4; LightningDiT-XL/1's of 16 x 16 x 32 is 675, too."""
     shape = {1: dict(input_size=16, in_channels=32), 2: dict(input_size=32, in_channels=4)}
     for patch, latents in shape.items():
         with torch.device("meta"):

@@ -262,7 +262,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
 @pytest.mark.parametrize("module", ["ae", "fid"])
 @pytest.mark.parametrize("times", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_processes_that_leave_each_other_do_not_hang(tmp_path, module, times):
-    """With PyTorch 2.4, a barrier and destroy_process_group alone hang within the first ten times."""
+    """With PyTorch 2.4, a barrier and destroy_process_group alone hang within ten times."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import faulthandler, os, sys

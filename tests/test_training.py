@@ -69,8 +69,8 @@ def test_vmae_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path):
 
 def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, tiny_vmae):
     one, micro, two = tmp_path / "one", tmp_path / "micro", tmp_path / "two"
-    # Where a gate of adaLN-Zero is still near zero, a gradient is hardly more than rounding, and Adam
-    # moves its weight by the learning rate either way: the demo's would show that alone.
+    # Where a gate of adaLN-Zero is still near zero, a gradient is hardly more than rounding, and
+    # Adam moves its weight by the learning rate either way: the demo's would show that alone.
     flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 2 --lr 1e-4")
     run(train_dit, "--out", one, *flags)
     run(train_dit, "--out", micro, *flags, "--micro_batch 4")
@@ -389,8 +389,8 @@ def test_a_mistake_under_torchrun_is_said_once_and_leaves_nothing_behind(tmp_pat
 def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     # AdamW divides a gradient by its own size: where that is near zero, rounding alone moves a
-    # weight by a share of the learning rate. At the demo's 3e-3 it moved seven weights of 1.3
-    # million by more than 1e-4; at 1e-3 none by more than 1e-6.
+    # weight by a share of the learning rate. At the demo's 3e-3 it moved 7 weights of 1.3 million
+    # by more than 1e-4; at 1e-3 none by more than 1e-6.
     flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 1 --lr 1e-3")
     run(train_dit, "--out", eager, *flags)
     run(train_dit, "--out", compiled, *flags, "--compile 1")
