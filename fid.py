@@ -848,6 +848,8 @@ def open_set(path, half_pixel=0):
         return open_folder(path)
     if zipfile.is_zipfile(path):
         return open_npz(path, half_pixel)
+    if not Path(path).exists():
+        raise UserError(f"There is no folder or .npz file {path}.")
     raise UserError(f"{path} is neither a folder nor a .npz file; give one of the two.")
 
 

@@ -1,8 +1,10 @@
 """The paper's comparison at the demo's scale: six autoencoders, the same DiT on each one's latents.
 
-    python tests/paper.py                     an hour on two cores
-    python tests/paper.py                     again: another hour, until three seeds are complete
+    python tests/paper.py                     about an hour on two cores, for three seeds
+    python tests/paper.py                     again: goes on, if the hour did not hold all three
     python tests/paper.py --seeds 1           one run of each instead of three
+    python tests/paper.py --seconds 240 --out out/paper-240
+                                              four times the training of each autoencoder
 
 Writes tables.md and pictures.png into --out. It starts nothing new after an hour (--minutes), and
 goes on where it was when it is called again.
@@ -107,8 +109,11 @@ def main():
     # Scripts beside each other do not share threads, and results do not depend on the machine's.
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    budget = SMOKE if args.smoke else BUDGET
+    if args.seconds is not None:
+        budget = budget | dict(seconds=args.seconds)
     try:
-        compare(args, SMOKE if args.smoke else BUDGET)
+        compare(args, budget)
     except ae.UserError as error:
         ae.exit_with(error)
     except KeyboardInterrupt:
@@ -123,6 +128,11 @@ def parse_args():
     add = parser.add_argument
     add("--out", default="out/paper", type=Path, help="folder for all results")
     add("--jobs", default=2, type=ae.at_least(1), help="scripts at a time, of one thread each")
+    add(
+        "--seconds",
+        type=ae.at_least(0.01),
+        help="of training for each autoencoder (default: 60); another number needs its own --out",
+    )
     add("--seeds", default=3, type=ae.at_least(1), help="runs of each autoencoder (default: 3)")
     add(
         "--minutes",
@@ -631,10 +641,10 @@ def smoothness(found):
 def mean_and_spread(values):
     if not values:
         return "-"
-    if len(values) == 1:
-        return f"{values[0]:.3g}" if abs(values[0]) >= 10 else f"{values[0]:.3f}"
-    digits = 1 if abs(statistics.mean(values)) >= 10 else 3
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    mean = statistics.mean(values)
+    digits = 1 if abs(mean) >= 10 else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
 def markdown(header, rows):
