@@ -51,7 +51,8 @@ from ae import (
 
 # ---- Recipes: what each autoencoder is trained with ----
 #
-# [S] supplement  [R] the authors' release  [V] VQGAN and latent diffusion  [O] our choice
+# [S] supplement  [M] main paper  [R] the authors' release  [V] VQGAN and latent diffusion
+# [O] our choice
 # The weights of the loss terms are the `weights` of the classes in ae.py, unless set here.
 
 # Settings of the run, whatever the model. COMMON are those of both training scripts.
@@ -127,7 +128,7 @@ PAPER = {
     "vmae": VIT
     | ae.VMAE.weights
     | dict(
-        prior_std=1.0,  # [S] the std that the KL draws to
+        prior_std=1.0,  # [M] the std that the KL draws to
         tune_decoder=False,
     ),
 }

@@ -821,7 +821,8 @@ import resource, sys, torch
 sys.path.insert(0, {root!r})
 import fid
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 {body}
 """
 

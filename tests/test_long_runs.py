@@ -240,6 +240,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     assert log_of(out)[-1]["step"] == step + 2
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in Linux's /proc")
 @pytest.mark.parametrize("script", ["train_ae.py", "train_dit.py"])
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
     tmp_path, script, tiny_vmae
