@@ -289,8 +289,13 @@ def workers(number):
     try:
         yield as_they_end
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
-            process.terminate()  # a training script saves and ends after its step
+        pool.shutdown(wait=False, cancel_futures=True)
+        # A training script saves and ends after its step. Its process may have another piece
+        # already, so it is told again until it has ended.
+        while children := multiprocessing.active_children():
+            for process in children:
+                process.terminate()
+            time.sleep(0.1)
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import threading
+import time
 
 import paper
 import pytest
@@ -95,3 +99,30 @@ def test_results_are_computed_once(tmp_path):
     path = tmp_path / "a" / "result.json"
     assert paper.remembered(path, lambda: {"a": 1}) == {"a": 1}
     assert paper.remembered(path, None) == json.loads(path.read_text()) == {"a": 1}
+
+
+def work_until_told(path):
+    """As a training script: SIGTERM ends what it does, but not its process."""
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    path.touch()
+    deadline = time.time() + 60
+    while not told and time.time() < deadline:
+        time.sleep(0.02)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_signal_ends_the_workers_and_not_their_piece_alone(tmp_path):
+    pieces = [tmp_path / str(number) for number in range(6)]
+
+    def interrupt_when_two_work():
+        while not all(path.exists() for path in pieces[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_two_work).start()
+    with pytest.raises(KeyboardInterrupt), paper.workers(2) as as_they_end:
+        list(as_they_end(work_until_told, pieces))
+    # A piece that is not told goes on for a minute.
+    assert time.time() - pieces[0].stat().st_mtime < 30
+    assert not all(path.exists() for path in pieces)
