@@ -573,7 +573,7 @@ PEAKS = {
 
 # Flags that may differ from those of the run that --resume goes on with.
 FREE_ON_RESUME = {
-    *("data", "ae", "cache", "init", "out", "resume", "device", "dtype", "compile", "workers"),
+    *("data", "cache", "out", "resume", "device", "dtype", "compile", "workers"),
     *("steps", "micro_batch", "lr", "grad_clip", "log_every", "ckpt_every", "keep_every"),
 }
 

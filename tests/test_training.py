@@ -953,6 +953,8 @@ def test_an_out_folder_with_a_checkpoint_is_not_overwritten_nor_resumed_as_anoth
     message = fails(train_ae, "--out", tiny_vmae.parent, "--resume --hidden_size 64")
     assert "--hidden_size 32, not 64" in message
     assert "--batch" in fails(train_dit, "--out", tiny_dit.parent, "--resume --batch 1")
+    assert "--ae" in fails(train_dit, "--out", tiny_dit.parent, "--resume --ae another.pt")
+    assert "--init" in fails(train_ae, "--out", tiny_vmae.parent, "--resume --init another.pt")
     assert "kind autoencoder" in fails(train_dit, "--out", tiny_vmae.parent, "--resume")
     assert "kind dit" in fails(train_ae, "--out", tiny_dit.parent, "--resume")
 
