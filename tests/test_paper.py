@@ -118,11 +118,15 @@ def test_a_signal_ends_the_workers_and_not_their_piece_alone(tmp_path):
     def interrupt_when_two_work():
         while not all(path.exists() for path in pieces[:2]):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as paper.main
     threading.Thread(target=interrupt_when_two_work).start()
-    with pytest.raises(KeyboardInterrupt), paper.workers(2) as as_they_end:
-        list(as_they_end(work_until_told, pieces))
+    try:
+        with pytest.raises(KeyboardInterrupt), paper.workers(2) as as_they_end:
+            list(as_they_end(work_until_told, pieces))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     # A piece that is not told goes on for a minute.
     assert time.time() - pieces[0].stat().st_mtime < 30
     assert not all(path.exists() for path in pieces)
