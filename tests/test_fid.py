@@ -718,7 +718,7 @@ def test_processes_other_than_local_rank_0_wait_before_they_stop(tmp_path, monke
 def test_under_torchrun_one_process_says_what_all_have_seen(sets):
     done = run(sets / "ref.npz", sets / "nowhere", "--device", "cpu", ranks=2)
     assert done.returncode == 1
-    assert done.stderr.count("There is no folder or .npz file") == 1
+    assert done.stderr.count(f"There is no folder or .npz file {sets / 'nowhere'}.") == 1
 
 
 DOWNLOADS = """
