@@ -21,34 +21,35 @@ permutes the patches of each image; the first `keep` of them are visible. `perce
 import argparse
 import contextlib
 import fnmatch
-import importlib.util
-import json
+import hashlib
+import inspect
 import math
 import os
 import pickle
-import shutil
+import re
+import signal
 import struct
 import sys
-import textwrap
 import time
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+
+
+class UserError(ValueError):
+    """The user's mistake, or the machine's limit: the message is the one sentence that they see."""
 
 
 class Posterior:
     """A diagonal Gaussian over latents, in float32.
 
-    moments: mean and log-variance, stacked along `dim`. Where `deterministic` (AE, DAE, MAE), a
-    sample is the mean.
+    moments: mean and log-variance, stacked along `dim`. Where `deterministic` (AE, DAE, MAE, and
+    any with a KL weight of 0), a sample is the mean.
     """
 
     def __init__(self, moments, deterministic=False, dim=1):
@@ -83,12 +84,13 @@ def kl_unit(logvar, prior_std=1.0, dim=-1):
 class Autoencoder(nn.Module):
     """What the six have in common.
 
-    A class says with `deterministic` whether its latent is the posterior's mean (as it also is with
-    a KL weight of 0), with `masked` whether it is a ViT that is trained on visible patches (and
-    takes images of `image_size` pixels only), and with `weights` the lambda of each term of its
-    objective. Each instance has `latent_dim`, the latent's channels C; `patch_size`, the pixels f
-    on a side of a latent position; and `image_size`, the pixels on a side of the images it was
-    trained on, None if that is unknown.
+    Of a class: `deterministic`, whether its latent is the posterior's mean, as it also is with a KL
+    weight of 0; `masked`, whether it is a ViT that is trained on visible patches and takes images
+    of one size only; `weights`, the lambda of each term of its objective.
+
+    Of an instance: `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a
+    latent position; `image_size`, the pixels on a side of the images it was trained on, None if
+    that is unknown; `args`, the settings in its file, where `load` made it.
     """
 
     deterministic = True
@@ -101,7 +103,7 @@ class Autoencoder(nn.Module):
         # Weights that are not given keep the class's values.
         self.weights = self.weights | dict(weights)
         if self.weights.get("kl") == 0:
-            self.deterministic = True  # nothing would hold the variance
+            self.deterministic = True  # as in the release: nothing would hold the variance
 
     def latent_shape(self, height, width):
         """(C, h, w) of the latents of images of this size; raises UserError if it does not fit."""
@@ -109,6 +111,12 @@ class Autoencoder(nn.Module):
         if height % f or width % f:
             raise UserError(f"image size {(height, width)} is not a multiple of {f} pixels")
         return self.latent_dim, height // f, width // f
+
+    def encoder_state(self):
+        """The tensors that `encode` reads, by name: two autoencoders that share them have the same
+        latents, whatever their decoders."""
+        decoder = ("decoder", "post_quant_conv", "from_latent", "mask_token")
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(decoder)}
 
     def randomness(self, n, size, generator):
         """The random arguments of forward for n images of size x size pixels, by name."""
@@ -151,6 +159,7 @@ class AE(Autoencoder):
         latent_dim=16,  # channels C of the latent
         recon="mse",  # eq. 3, or "l1" as in VQGAN
         image_size=None,  # pixels on a side in training; any multiple of f can be encoded
+        quant_conv=0,  # 1: 1x1 convolutions around the latent, as in Stable Diffusion 1 and XL
         weights=(),  # lambda of terms, by name
     ):
         if any(width % 32 for width in channels):
@@ -175,15 +184,19 @@ class AE(Autoencoder):
             conv_act=nn.SiLU(),
             conv_out=nn.Conv2d(narrow, 3, 3, padding=1),
         )
+        self.quant_conv = self.post_quant_conv = nn.Identity()
+        if quant_conv:
+            self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
+            self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
         # A tenth faster on a CPU, with the same values.
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
         self.latent_shape(*x.shape[-2:])  # raises if the size does not fit
-        return Posterior(self.encoder(x), self.deterministic)
+        return Posterior(self.quant_conv(self.encoder(x)), self.deterministic)
 
     def decode(self, z):
-        return self.decoder(z)
+        return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
         x_hat = self.decode(self.encode(x).mode())
@@ -197,8 +210,8 @@ class DAE(AE):
     The input is noised, the target is not.
     """
 
-    def __init__(self, *args, noise_std=0.1, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, noise_std=0.1, **kwargs):  # noise_std: our choice
+        super().__init__(**kwargs)
         self.noise_std = noise_std
 
     def randomness(self, n, size, generator):
@@ -243,10 +256,12 @@ class SDVAE(VAE):
     likelihood is VQGAN's, a Laplace one: recon="l1".
     """
 
+    # VQGAN's and latent diffusion's. Their 1e-6 is for sums over pixels and latents; on our means
+    # over 3 * 256 * 256 values and 32 * 32 positions it is 1e-6 * 1,024 / 196,608.
     weights = {"kl": 5e-9, "lpips": 1.0}
 
-    def __init__(self, *args, recon="l1", **kwargs):
-        super().__init__(*args, recon=recon, **kwargs)
+    def __init__(self, recon="l1", **kwargs):  # MSE beside LPIPS would weigh ten times less
+        super().__init__(recon=recon, **kwargs)
 
 
 class Discriminator(nn.Sequential):
@@ -282,7 +297,8 @@ def adversarial_losses(disc, x, x_hat, loss, last_layer, weight=0.5, kind="hinge
     adaptive = adaptive_weight(loss, adv, last_layer)
     disc.requires_grad_(True)
 
-    # D's turn, on the same images: no gradient reaches the autoencoder.
+    # D's turn, on the same images (latent diffusion runs the autoencoder again): no gradient reaches
+    # the autoencoder.
     real, fake = disc(x).float(), disc(x_hat.detach()).float()
     loss_d = disc_loss(real, fake, kind)
 
@@ -313,6 +329,7 @@ def adaptive_weight(loss, adv, last_layer):
     """
     (grad_loss,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
     (grad_adv,) = torch.autograd.grad(adv, last_layer, retain_graph=True)
+    # The bound acts on mean losses, as in VQGAN; latent diffusion's acts on sums over pixels.
     return (grad_loss.norm() / (grad_adv.norm() + 1e-4)).clamp(0, 1e4)
 
 
@@ -423,7 +440,8 @@ class MAE(Autoencoder):
     def __init__(
         self,
         image_size=256,  # pixels on a side
-        patch_size=8,  # pixels on a side of a token
+        # Pixels on a side of a token. The supplement's "patch size (32, 32)" is the grid of tokens.
+        patch_size=8,
         hidden_size=192,  # width D
         depth=12,  # blocks of the encoder
         decoder_depth=12,  # blocks of the decoder
@@ -492,7 +510,7 @@ class MAE(Autoencoder):
         tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, L, D)
         tokens = tokens + self.pos_embed
         if ids_keep is not None:
-            tokens = tokens.take_along_dim(ids_keep[..., None], 1)  # (B, keep, D)
+            tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[2]))
         return self.to_latent(self.norm(self.blocks(tokens)))
 
     def decode_tokens(self, z, ids_shuffle):
@@ -501,10 +519,11 @@ class MAE(Autoencoder):
 
         # Append mask tokens, which have no latent; restore the image's order; add positions.
         num_masked = ids_shuffle.shape[1] - z.shape[1]
-        mask_tokens = self.mask_token.to(tokens.dtype).expand(len(z), num_masked, -1)
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(z.shape[0], num_masked, -1)
         tokens = torch.cat([tokens, mask_tokens], 1)  # (B, L, D)
         ids_restore = ids_shuffle.argsort(1)
-        tokens = tokens.take_along_dim(ids_restore[..., None], 1) + self.decoder_pos_embed
+        tokens = tokens.gather(1, ids_restore[..., None].expand(tokens.shape))
+        tokens = tokens + self.decoder_pos_embed
 
         patches = self.decoder_pred["linear_pred"](self.decoder_norm(self.decoder_blocks(tokens)))
         patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
@@ -517,7 +536,8 @@ class MAE(Autoencoder):
 
     def decode(self, z):
         z = z.flatten(2).transpose(1, 2)  # (B, L, C)
-        return self.decode_tokens(z, torch.arange(z.shape[1], device=z.device).expand(len(z), -1))
+        in_order = torch.arange(z.shape[1], device=z.device).expand(z.shape[0], -1)
+        return self.decode_tokens(z, in_order)
 
     def latent_shape(self, height, width):
         if (height, width) != (self.image_size, self.image_size):
@@ -565,24 +585,20 @@ class VMAE(MAE):
 
     L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL.
 
-    The KL draws the variance alone, to prior_std^2. The default weights are the release's, which
-    are lambda_M = lambda_P = 1 and lambda_reg = 2e-6, all halved. With tune_decoder, the last
-    stage, nothing is masked, the latent is the posterior's mean and the loss is MSE + LPIPS.
+    The KL draws the variance alone, to prior_std^2. The default weights are the release's: half the
+    loss with lambda_M = lambda_P = 1 and lambda_reg = 2e-6. The last stage, which tunes the
+    decoder on MSE + 10 LPIPS, is the same objective with mask_ratio 0 and other weights.
     """
 
     deterministic = False
+    # The release's script asks for 0.75 visible and never passes it on.
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
 
-    def __init__(self, *args, prior_std=1.0, tune_decoder=False, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, prior_std=1.0, **kwargs):  # main paper; the release's script has 1e-3
+        super().__init__(**kwargs)
         self.prior_std = prior_std
-        self.tune_decoder = tune_decoder
 
     def forward(self, x, noise=None, ids_shuffle=None, perceptual=None):
-        if self.tune_decoder:
-            x_hat = self.decode(self.encode(x).mode())
-            return self.objective({"recon": F.mse_loss(x_hat.float(), x)}, x, x_hat, perceptual)
-
         x_hat, posterior, mask = self.masked_pass(x, noise, ids_shuffle)
         terms = {"visible": self.patch_error(x, x_hat, 1 - mask)}
         # Without masked patches their mean would be 0/0: the term is absent.
@@ -626,69 +642,110 @@ def position_table(dim, grid):
 MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": VMAE}
 
 
+def settings_of(model):
+    """The settings of a class of MODELS, by name with their defaults: what its constructor takes,
+    and the weights of its terms. They are the flags of train_ae.py --model."""
+    settings = {}
+    for base in reversed(model.mro()):
+        for name, parameter in inspect.signature(base.__init__).parameters.items():
+            if parameter.default is not parameter.empty:
+                settings[name] = parameter.default
+    settings.pop("weights", None)
+    return settings | model.weights
+
+
+def build(args):
+    """The autoencoder that args["model"] names, with those of its settings that args has."""
+    model = MODELS[args["model"]]
+    given = {name: args[name] for name in settings_of(model) if name in args}
+    weights = {name: given.pop(name) for name in model.weights if name in given}
+    return model(**given, weights=weights)
+
+
 # ---- Loading: checkpoints of ours and of others, the network of LPIPS ----
 
 
 def load(path):
     """An autoencoder in eval mode from a file of train_ae.py, VMAE's authors or diffusers.
 
-    .safetensors files are read too. Raises MissingFile (a FileNotFoundError) if there is no such
-    file, UserError (a ValueError) if it holds no autoencoder or is damaged.
+    .safetensors files are read too. Raises FileNotFoundError if there is no such file, UserError (a
+    ValueError) if it holds no autoencoder or is damaged.
     """
     return from_checkpoint(read_checkpoint(path), path)
 
 
 def from_checkpoint(ckpt, path="the checkpoint"):
     """As `load`, from the dict that the file holds; path: its name in messages."""
+    args = ckpt.get("args")
     try:
-        state = {
-            k: v for k, v in ckpt.get("model", ckpt).items() if not k.startswith("perceptual_loss.")
-        }
-        if ckpt.get("kind") == "autoencoder":
-            name, config = ckpt["name"], ckpt["config"]
-        elif "from_latent.weight" in state:
-            name, config = "vmae", config_of_release(state)
-            # The release's files for generation have no mask token: without a mask it is not used.
-            state.setdefault("mask_token", torch.zeros(1, 1, config["hidden_size"]))
-        elif "encoder.conv_in.weight" in state:
-            name, config = "sdvae", config_of_diffusers(state)
-        elif "x_embedder.proj.weight" in state:
+        state = plain_names(ckpt.get("model", ckpt))
+        state = {k: v for k, v in state.items() if not k.startswith("perceptual_loss.")}
+        if "x_embedder.proj.weight" in state:
             raise UserError(f"{path} holds a DiT, not an autoencoder: pass it to sample.py --ckpt")
+        elif isinstance(args, dict):
+            pass  # a file of ours
+        elif "from_latent.weight" in state:
+            args = args_of_release(state, getattr(args, "model", None))
+            # The release's files for generation have no mask token: without a mask it is not used.
+            state.setdefault("mask_token", torch.zeros(1, 1, args["hidden_size"]))
+        elif "encoder.conv_in.weight" in state:
+            # Older files have other names for the maps of attention.
+            renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+            for old, new in renamed.items():
+                state = {
+                    k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v
+                    for k, v in state.items()
+                }
+            args = args_of_diffusers(state)
         else:
             raise UserError(f"{path} holds no autoencoder that this program knows")
-        model = MODELS[name](**config)
+        model = build(args)
         model.load_state_dict(state)
-    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit any autoencoder here: {reason}") from error
-
-    # Together with "model", the state dict, this makes a checkpoint again.
-    model.recipe = {"kind": "autoencoder", "name": name, "config": config}
-    if model.image_size is None:
-        model.image_size = ckpt.get("args", {}).get("image_size")
+    model.args = args  # together with the weights, this makes a checkpoint again
     return model.eval()
 
 
-def config_of_release(state):
-    """VMAE's arguments, read off the tensors of the authors' file; all released have 12 heads."""
+def args_of_release(state, name):
+    """VMAE's settings, read off the tensors of the authors' file; name: what it calls its network.
+
+    The number of heads leaves no trace in the tensors. All published files have 12, the release's
+    code also builds networks called ..._large and ..._small of 16 and 8.
+    """
     hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    num_heads = 16 if "_large" in str(name) else 8 if "_small" in str(name) else 12
+    if name is None and hidden_size != 192:
+        print(f"the file does not tell its number of heads: {num_heads} is a guess")
     return {
+        "model": "vmae",
         "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         "patch_size": patch_size,
         "hidden_size": hidden_size,
         "latent_dim": state["from_latent.weight"].shape[1],
         "depth": len(fnmatch.filter(state, "blocks.*.norm1.weight")),
         "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight")),
+        "num_heads": num_heads,
     }
 
 
-def config_of_diffusers(state):
-    """SDVAE's arguments, read off the tensors of diffusers' AutoencoderKL."""
+def args_of_diffusers(state):
+    """SDVAE's settings, read off the tensors of diffusers' AutoencoderKL."""
     first_of_level = sorted(fnmatch.filter(state, "encoder.down_blocks.*.resnets.0.conv1.weight"))
     return {
+        "model": "sdvae",
         "channels": [len(state[key]) for key in first_of_level],
         "latent_dim": state["decoder.conv_in.weight"].shape[1],
+        "quant_conv": int("quant_conv.weight" in state),
     }
+
+
+def plain_names(state):
+    """Tensors by name, without the prefixes that DDP and torch.compile put before their names."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
 
 
 def resize_positions(state, grid):
@@ -700,7 +757,7 @@ def resize_positions(state, grid):
     return state
 
 
-# Raised by torch.load and our own reader on a file that is truncated or not a checkpoint.
+# Raised by torch.load on a file that is truncated or not a checkpoint.
 DAMAGED = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error),
     *(AttributeError, TypeError, OverflowError, zipfile.BadZipFile),
@@ -710,47 +767,93 @@ DAMAGED = (
 def read_checkpoint(path):
     """The dict that a checkpoint file holds, on the CPU. Nothing in the file can run code.
 
-    Raises MissingFile, UserError.
+    Raises FileNotFoundError, UserError.
     """
-    if os.path.exists(os.path.join(path, "source.json")):
-        raise UserError(f"{path} is a latent cache, no checkpoint: pass it to train_dit.py --cache")
     if not os.path.isfile(path):
-        inside = os.path.join(path, "ckpt.pt")
-        hint = f", but there is {inside}" if os.path.exists(inside) else ""
-        raise MissingFile(f"there is no checkpoint file {path}{hint}")
+        # A folder of ours or of diffusers' save_pretrained.
+        inside = [Path(path, name) for name in ("ckpt.pt", "diffusion_pytorch_model.safetensors")]
+        hint = "".join(f", but there is {file}" for file in inside if file.exists())
+        raise FileNotFoundError(f"there is no checkpoint file {path}{hint}")
+    if str(path).endswith(".safetensors"):
+        import safetensors.torch
 
-    # The authors' files hold an argparse.Namespace, which is plain data.
-    torch.serialization.add_safe_globals([argparse.Namespace])
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     try:
-        if str(path).endswith(".safetensors"):
-            return read_safetensors(path)
+        # The authors' files hold an argparse.Namespace, which is plain data.
+        torch.serialization.add_safe_globals([argparse.Namespace])
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         # torch.load does not compare checksums: a flipped byte would go unnoticed.
-        intact = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+            raise zipfile.BadZipFile("a checksum differs")
     except DAMAGED as error:
         raise UserError(f"{path} is no checkpoint of PyTorch tensors, or damaged") from error
-    if not intact:
-        raise UserError(f"{path} is no checkpoint of PyTorch tensors, or damaged")
     if not isinstance(ckpt, dict):
         raise UserError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint")
     return ckpt
 
 
-def read_safetensors(path):
-    """Hugging Face's format: the header's length in 8 bytes, the header in JSON, the tensors."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, os.path.getsize(path))))
-        data = bytearray(file.read())
-    header.pop("__metadata__", None)
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write, which gets its name when all of it is on the disk.
 
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors = {}
-    for name, entry in header.items():
-        values = data[slice(*entry["data_offsets"])]
-        tensor = torch.frombuffer(values, dtype=dtypes[entry["dtype"]])
-        tensors[name] = tensor.view(entry["shape"])
-    return tensors
+    Raises OSError if the disk is full or the like; a file that was there is then untouched.
+    """
+    part = f"{path}.tmp"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(part):
+            os.remove(part)
+        # torch.save wraps the disk's own error, which says more, in one of its own.
+        while error.__context__:
+            error = error.__context__
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def fingerprint(state):
+    """16 hexadecimal digits that tell one dict of tensors from another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run_main(main, *errors):
+    """Run a script's main. UserError, OSError, `errors` and Ctrl-C end it in one sentence and
+    status 1, under torchrun too; what else is raised is a fault of ours and ends in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # paths that the terminal cannot print
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return main()
+    except (UserError, OSError, *errors) as error:
+        message = str(error)
+        if "Original Traceback" in message:  # of a loader process; its last line is the sentence
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it once more
+        if not first:
+            sys.exit(1)
+        message = "stopped; go on with the same command, a training script's with --resume"
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"torch.compile failed ({str(error).splitlines()[0]}): try --compile 0"
+        elif re.search("onnection (closed|reset) by peer", str(error)):
+            message, first = "another process has ended", False
+        else:
+            raise
+    # The first process of a machine exits at once, and torchrun then ends the others. Those wait
+    # for that, and speak only if they are still there: then the error is theirs alone.
+    if not first:
+        time.sleep(10)
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 class LPIPS(nn.Module):
@@ -783,8 +886,8 @@ def normalize(psi):
 def lpips_vgg():
     """LPIPS v0.1 on VGG16, frozen, in eval mode.
 
-    VGG16's weights come from torch's hub cache or are downloaded. Raises MissingFile if that fails,
-    UserError if the file is damaged.
+    VGG16's weights come from torch's hub cache or are downloaded. Raises FileNotFoundError if they
+    cannot be downloaded, UserError if the file is damaged.
     """
     import lpips
     from torchvision.models import VGG16_Weights
@@ -806,182 +909,8 @@ def lpips_vgg():
         for name, parameter in net.net.named_parameters():
             parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])
     except OSError as error:
-        raise MissingFile(f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}") from error
+        message = f"LPIPS's VGG16 cannot be downloaded ({error}): {advice}"
+        raise FileNotFoundError(message) from error
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {advice}") from error
     return LPIPS(net).eval().requires_grad_(False)
-
-
-# ---- What all scripts share ----
-
-
-class UserError(ValueError):
-    """The user's mistake, or the machine's limit: the message is the one sentence that they see.
-
-    Raised where it is found, caught in the scripts' main.
-    """
-
-
-class MissingFile(UserError, FileNotFoundError):
-    """A file that is not there and cannot be downloaded."""
-
-
-def rank_and_world():
-    """This process's number and the number of processes, as torchrun says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def leave_processes():
-    """Wait for the other processes, then close the process group."""
-    # The barrier holds the calls that it waits for, and through them tensors of Python's, which
-    # cannot be freed without the interpreter's lock. If a thread of gloo's were the last to let go
-    # of the barrier, it would wait for the lock, and destroy_process_group, which has the lock, for
-    # the thread (seen with PyTorch 2.4). This variable outlives both.
-    barrier = dist.barrier(async_op=True)
-    barrier.wait()
-    dist.destroy_process_group()
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def exit_with(error):
-    """End the process with the error's sentence and status 1; of several processes, one speaks.
-
-    The first process of a machine exits at once, and torchrun then ends the others. Those wait for
-    that, and speak only if they are still there: then the error is theirs alone.
-    """
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(10)
-    sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-
-
-def at_least(low):
-    """An argparse type: a number of low's type that is not smaller."""
-
-    def number(text):
-        value = type(low)(text)
-        if not value >= low:  # so that NaN is refused too
-            raise argparse.ArgumentTypeError(f"{text} is too small: {low} at least")
-        return value
-
-    number.__name__ = type(low).__name__  # argparse's message for what is no number names it
-    return number
-
-
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return float(text)
-
-
-# What argparse is to know of a flag that is 1 or 0; without a number it is 1.
-SWITCH = dict(type=int, choices=(0, 1), nargs="?", const=1)
-
-
-def choose_device(name):
-    """This process's device, "cpu" or "cuda:N", from what --device says; TF32 products on a GPU.
-
-    Raises UserError if there is no such device.
-    """
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name in (None, "cuda"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else name or "cpu"
-    if name not in ("cpu", *gpus):
-        raise UserError(f"--device {name} is not there: PyTorch finds {len(gpus)} GPUs")
-    if name != "cpu":
-        torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision("high")
-    return name
-
-
-def missing_for_compile(device):
-    """What torch.compile needs on this device and does not find, or None."""
-    if device != "cpu" and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
-    if device != "cpu":
-        compilers = [os.environ.get("CC"), "gcc", "clang", "cc", "cl"]
-    if not any(shutil.which(name) for name in compilers if name):
-        return "a C++ compiler" if device == "cpu" else "a C compiler"
-    return None
-
-
-def make_folder(path):
-    """Raises UserError where that cannot be."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {path} cannot be made: {error}") from error
-
-
-@contextlib.contextmanager
-def whole_file(path, keep_old_as=None):
-    """A binary file to write; it gets its name only when all of it is on the disk.
-
-    keep_old_as: new name for the file that had this name. Raises UserError, with the file that was
-    there untouched, if the disk is full or the like.
-    """
-    part = f"{path}.tmp"
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_old_as and os.path.exists(path):
-            os.replace(path, keep_old_as)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        if os.path.exists(part):
-            os.remove(part)
-        # torch.save wraps the disk's own error, which says more, in one of its own.
-        while error.__context__:
-            error = error.__context__
-        raise UserError(f"{path} cannot be written: {error}") from error
-
-
-def to_uint8(x):
-    """Images (B, 3, H, W) in about [-1, 1] -> NumPy uint8 (B, H, W, 3).
-
-    It is floor(clamp(127.5 x + 128, 0, 255)), as in the evaluator.
-    """
-    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_grid(path, rows, labels, columns=()):
-    """Save a PNG with a labelled row of pictures for each of rows.
-
-    rows: arrays of one shape, uint8 (N, H, W, 3); labels: one per row, long ones are wrapped;
-    columns: titles above them.
-    """
-    scale = max(1, 64 // rows[0].shape[1])  # small images are enlarged, pixels stay sharp
-    rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
-    rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
-    R, N, H, W, _ = rows.shape
-
-    font = ImageFont.load_default(max(14, H // 12))
-    lines_per_row = max(1, int(H / (1.4 * font.size)))
-    labels = [wrap(label, lines_per_row) for label in labels]
-    margin = 12 + int(max(font.getlength(line) for label in labels for line in label.split("\n")))
-    top = int(1.5 * font.size) if columns else 0
-    canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
-    pixels = rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)
-    canvas.paste(Image.fromarray(pixels), (margin, top))
-
-    draw = ImageDraw.Draw(canvas)
-    for r, label in enumerate(labels):
-        middle = (margin - 6, top + r * H + H // 2)
-        draw.text(middle, label, "black", font, anchor="rm", align="right")
-    for n, title in enumerate(columns):
-        draw.text((margin + n * W + W // 2, top // 2), title, "black", font, anchor="mm")
-    canvas.save(path)
-
-
-def wrap(text, max_lines):
-    """The text in lines of 20 characters, or of as many more as max_lines lines need."""
-    width = 20
-    while len(textwrap.wrap(text, width)) > max_lines:
-        width += 1
-    return textwrap.fill(text, width)

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ae import UserError, position_table, read_checkpoint
+from ae import UserError, plain_names, position_table, read_checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -228,31 +228,31 @@ def flow_loss(model, x1, y, noise, t, cosine=False):
 
 
 def guided_velocity(model, x, t, y, cfg_scale, cfg_channels):
-    """v_uncond + cfg_scale (v_cond - v_uncond) on the first cfg_channels, v_cond on the others.
+    """Classifier-free guidance: v_uncond + cfg_scale (v_cond - v_uncond) on the first cfg_channels
+    of the latent, v_cond on the others; both velocities come from one batch of twice the size.
 
-    t: a float. With cfg_scale <= 1 there is no guidance, and v_uncond is not computed. Raises
-    UserError, a ValueError, if the model has no null class.
+    x (B, C, H, W), t a float, y (B,) -> velocity (B, C, H, W). Raises UserError, a ValueError, if
+    the model has no null class.
     """
-    t = torch.full((len(x),), t, device=x.device)
-    if cfg_scale <= 1:
-        return model(x, t, y).float()
     if model.class_dropout_prob == 0:
         raise UserError(
             "guidance needs several classes and labels dropped in training: use cfg_scale 1"
         )
+    t = torch.full((2 * len(x),), t, device=x.device)
     null = torch.full_like(y, model.num_classes)
-    v = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).float()
+    v = model(x.repeat(2, 1, 1, 1), t, torch.cat([y, null])).float()
     v_cond, v_uncond = v.chunk(2)
     guided = v_uncond[:, :cfg_channels] + cfg_scale * (v_cond - v_uncond)[:, :cfg_channels]
     return torch.cat([guided, v_cond[:, cfg_channels:]], 1)
 
 
-# What the paper samples with. [S] supplement  [R] the authors' release
+# How the paper samples. [S] supplement  [R] the authors' release, whose demo pictures use
+# neither cfg_start nor shift
 SAMPLING = dict(
-    steps=250,  # [S] Euler steps
-    cfg_scale=10.0,  # [R] guidance scale; 1 is no guidance
+    steps=250,  # [S] Euler steps; the release's integrator evaluates 249 times
+    cfg_scale=10.0,  # [R] guidance scale; 1 is no guidance, as for a single class
     cfg_channels=3,  # [R] latent channels that are guided, the first ones
-    cfg_start=0.1,  # [R] t from which guidance applies
+    cfg_start=0.1,  # [R] shifted t from which guidance applies
     shift=0.3,  # [R] of the time grid; below 1 there are more steps near the noise
 )
 
@@ -271,14 +271,18 @@ def sample(
     """Euler's method: noise (B, C, H, W), classes y (B,) -> normalised latents (B, C, H, W).
 
     `steps` evaluations on a grid of steps + 1 times, which the shift s bends:
-    t' = s t / (1 + (s - 1) t). A step is guided if its starting time t' >= cfg_start.
+    t' = s t / (1 + (s - 1) t). With cfg_scale > 1, a step is guided if its starting time
+    t' >= cfg_start; the others take the conditional velocity.
     """
     uniform = [i / steps for i in range(steps + 1)]
     grid = [shift * t / (1 + (shift - 1) * t) for t in uniform]
     x = noise.float()
     for t, t_next in itertools.pairwise(grid):
-        scale = cfg_scale if t >= cfg_start else 1.0
-        x = x + (t_next - t) * guided_velocity(model, x, t, y, scale, cfg_channels)
+        if cfg_scale > 1 and t >= cfg_start:
+            v = guided_velocity(model, x, t, y, cfg_scale, cfg_channels)
+        else:
+            v = model(x, torch.full((len(x),), t, device=x.device), y).float()
+        x = x + (t_next - t) * v
     return x
 
 
@@ -301,32 +305,40 @@ DiT_models = {
 def load(path):
     """A DiT with its EMA weights, in eval mode on the CPU, and info, the rest of its file.
 
-    The file is of train_dit.py or LightningDiT; in ours, info holds the autoencoder (ae),
-    latent_mean and latent_std, class_names and args. Raises MissingFile (a FileNotFoundError) or
-    UserError (a ValueError).
+    The file is of train_dit.py or LightningDiT. In ours, info holds the settings (args), the names
+    of the classes (class_names), the statistics of the latents (latent_mean, latent_std) and the
+    autoencoder (autoencoder, as ae.from_checkpoint takes it). Raises FileNotFoundError, UserError
+    (a ValueError).
     """
     info = read_checkpoint(path)
-    weights = info.pop("ema", None) or info.get("model")
-    if not isinstance(weights, dict) or not any("x_embedder.proj.weight" in key for key in weights):
-        raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
-    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+    weights = info.pop("ema", None) or info.get("model", info)
     try:
-        if info.get("kind") == "dit":
-            config = dict(info["dit_config"])
-            model = DiT_models[config.pop("name")](**config)
-        else:
-            model = DiT(**config_of_lightningdit(weights))
+        weights = plain_names(weights)
+        if "x_embedder.proj.weight" not in weights:
+            raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
+        model = DiT(**config_of(weights, info))
         model.load_state_dict(weights)
-    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit this DiT: {reason}") from error
     return model.eval(), info
 
 
-def config_of_lightningdit(weights):
-    """DiT's arguments, read off the tensors of a LightningDiT checkpoint."""
+def config_of(weights, info):
+    """DiT's arguments, read off the tensors of a checkpoint.
+
+    The number of classes is that of class_names in our files and of the config in LightningDiT's.
+    Where nothing tells, the last row of several is the null class.
+    """
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     rows = len(weights["y_embedder.embedding_table.weight"])
+    if "class_names" in info:
+        num_classes = len(info["class_names"])
+    else:
+        config = info.get("config") or {}
+        num_classes = config.get("data", {}).get("num_classes", max(1, rows - 1))
     return {
         "input_size": math.isqrt(weights["pos_embed"].shape[1]) * patch_size,
         "patch_size": patch_size,
@@ -334,7 +346,7 @@ def config_of_lightningdit(weights):
         "hidden_size": hidden_size,
         "depth": sum(key.endswith("attn.qkv.weight") for key in weights),
         "num_heads": hidden_size // weights["feat_rope.freqs_cos"].shape[1],
-        # The last row is the null class, which a single class does not have.
-        "num_classes": max(1, rows - 1),
+        "num_classes": num_classes,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
     }

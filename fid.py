@@ -12,6 +12,11 @@ mu_s, sigma_s (spatial features), or both, like ADM's reference batches. --save_
 these statistics, and as pool (N, 2048) the pool features of the images for precision and recall, so
 that REF is not computed again. What is stored takes precedence over the images. Metrics that cannot
 be computed are left out with a message.
+
+Image files are read as a viewer shows them: EXIF orientation applied, transparency over white.
+pytorch-fid ignores the first and shows the colors hidden under the second. For the Inception Score,
+the images of a .npz file are taken in file order, and those of a folder in a fixed random order.
+Existing files are never replaced.
 """
 
 import argparse
@@ -19,15 +24,16 @@ import json
 import math
 import os
 import pickle
+import signal
+import struct
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.linalg import lapack
 from tqdm import tqdm
 
@@ -43,108 +49,148 @@ from tqdm import tqdm
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS
 
-# the statistics that a .npz file may hold, with their shapes
+# the features of a set of images: statistics of N images for FID and sFID, the pool features
+# themselves, and how the images were resized; the keys and shapes of what --save_stats writes
+# (mu_s: 7 of the channels of Mixed_6d at 17 x 17 positions, see InceptionV3.forward)
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+FEATURES = {**STATISTICS, "pool": ("N", 2048), "half_pixel": ()}
 
 # the metrics in the evaluator's order, with what each is computed from
 METRICS = {
     "Inception Score": "images of SAMPLES",
     "FID": "mu, sigma of both",
     "sFID": "mu_s, sigma_s of both",
-    "Precision": "4 images of both",
-    "Recall": "4 images of both",
+    "Precision": "more than k = 3 images of both",
+    "Recall": "more than k = 3 images of both",
 }
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SPLIT_SIZE = 5000  # images per split of the Inception Score
+
+# what Pillow has a suffix for although it is a document, a video or data
+NO_PICTURES = {".pdf", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".fli", ".flc"}
+NO_PICTURES |= {".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".iim", ".palm"}
+
+
+# raised by Pillow, zipfile, NumPy and PyTorch on a file that is damaged or of another kind
+DAMAGED = (
+    *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError),
+    *(OverflowError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile),
+    *(pickle.UnpicklingError, Image.DecompressionBombError),
+)
 
 
 class UserError(ValueError):
     """A user's mistake, such as a damaged file. Its message is the one sentence the user sees."""
 
 
-class MissingFile(UserError, FileNotFoundError):
-    """A file that does not exist or could not be downloaded."""
-
-
 def main():
+    """Run the command. A user's mistake ends it with one sentence and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for paths that the terminal cannot show
+    first = local_rank() == 0
     try:
-        evaluate(parse_args())
-    except UserError as error:
-        exit_once(error)
+        return evaluate(parse_args())
+    except (UserError, OSError) as error:
+        sentence = str(error)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it once more
+        sys.exit("stopped" if first else 1)
+    except RuntimeError as error:
+        # gloo says "Connection closed by peer" or "Connection reset by peer".
+        if "by peer" not in str(error):
+            raise
+        sentence, first = "another process has ended", False
+    # Under torchrun the user should see one sentence. Usually all processes run into the same
+    # mistake: local rank 0 says it, and torchrun ends the others while they wait. A process that is
+    # still there after 10 seconds saw something that no other did.
+    if not first:
+        time.sleep(10)
+    sys.exit(sentence)
 
 
 def parse_args():
-    wide = partial(argparse.RawDescriptionHelpFormatter, width=100)
-    parser = ArgumentParser(description=__doc__, formatter_class=wide)
-    add = parser.add_argument_group("sets").add_argument
-    add("ref", metavar="REF", help="real images to compare with: a folder or a .npz file")
-    add("samples", metavar="SAMPLES", nargs="?", help="images to evaluate: a folder or a .npz file")
-    add = parser.add_argument_group("output").add_argument
-    add("--json", metavar="FILE", help="write the metrics to this file too")
-    add(
-        "--save_stats",
-        metavar="FILE.npz",
-        help="write REF's statistics and features; needs no SAMPLES",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument_group("network").add_argument
-    add("--inception", metavar="FILE", help="its weights (default: downloaded once, 91 MiB)")
-    on_off = {"nargs": "?", "type": switch, "const": 1, "default": 0, "metavar": "0|1"}
-    add("--half_pixel", **on_off, help="resize like pytorch-fid (default: like TensorFlow 1)")
-    add("--tf32", **on_off, help="faster, less exact convolutions on a GPU (default: float32)")
-    add = parser.add_argument_group("speed", "of each process").add_argument
-    add("--batch", type=at_least(1), default=64, metavar="N", help="images per batch (default: 64)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--workers", type=at_least(1), default=8, metavar="N", help="decoding threads (default: 8)")
-    args = parser.parse_args()
+    parser.error = refuse_arguments
+    add = parser.add_argument
+    add("ref", metavar="REF", type=filled, help="real images: a folder or a .npz file")
+    add("samples", metavar="SAMPLES", type=filled, nargs="?", help="images to evaluate: likewise")
+    add("--save_stats", metavar="FILE", type=filled, help="write REF's statistics and features")
+    add("--json", metavar="FILE", type=filled, help="write the metrics to this file too")
+    add(
+        "--inception", metavar="FILE", type=filled, help="weights; None downloads them once, 91 MiB"
+    )
+    add(
+        "--half_pixel",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1 resizes images like pytorch-fid, 0 like TensorFlow 1",
+    )
+    add("--batch", metavar="N", type=positive, default=64, help="images per batch and process")
+    add("--workers", metavar="N", type=positive, default=8, help="decoding threads per process")
+    add("--device", metavar="NAME", type=filled, help="cpu, cuda, cuda:1; None is a GPU if present")
+    args = parser.parse_intermixed_args()  # flags may stand between REF and SAMPLES
 
-    if not (args.samples or args.save_stats):
+    if not args.samples and (args.json or not args.save_stats):
         parser.error("SAMPLES is missing")
     for flag, file in (("--json", args.json), ("--save_stats", args.save_stats)):
-        if file and not Path(file).absolute().parent.is_dir():
-            parser.error(f"{flag} {file} cannot be written because its folder does not exist")
+        if file:
+            check_target(flag, file)
+    if (
+        args.json
+        and args.save_stats
+        and Path(args.json).absolute() == Path(args.save_stats).absolute()
+    ):
+        parser.error("--json and --save_stats name the same file")
     return args
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, except that a wrong command line raises UserError."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see fid.py --help.")
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and shows defaults."""
 
 
-def at_least(low):
-    """Return an argparse type: a number of the same type as low (int or float), low or more."""
+def refuse_arguments(message):
+    raise UserError(f"{message}; see fid.py --help.")
 
-    def number(text):
-        value = type(low)(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"must be {low} or more, not {text}")
-        return value
 
+def filled(text):
+    """The argparse type of text that is not empty, as an unset variable of the shell is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def positive(text):
+    """The argparse type of a whole number, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return number
 
 
-def switch(text):
-    """The argparse type of a flag that is on (1, or the flag alone) or off (0)."""
-    if text not in ("0", "1"):
-        # text may be REF, which argparse takes for the value of a flag in front of it.
-        raise argparse.ArgumentTypeError(
-            f"takes 0 or 1, not {text}; put a flag without a number after REF and SAMPLES"
-        )
-    return int(text)
+def check_target(flag, file):
+    """Raise UserError if a result cannot be written to file or would replace something."""
+    if os.path.lexists(file):
+        raise UserError(f"{flag} {file} is there already; remove it or name another file.")
+    try:
+        tempfile.TemporaryFile(dir=Path(file).absolute().parent).close()
+    except OSError as error:
+        raise UserError(f"{flag} {file} cannot be written ({error.strerror}).") from error
 
 
-def exit_once(error):
-    """Exit with the error's message, so that the user sees it once even under torchrun.
-
-    There, all processes usually run into the same mistake. Local rank 0 exits with the message at
-    once, and the others wait: torchrun ends them when it sees that local rank 0 has exited. A
-    process that is still there after 10 seconds has seen something that local rank 0 has not, such
-    as a damaged image, so it exits with the message itself.
-    """
-    if local_rank() > 0:
-        time.sleep(10)
-    sys.exit(str(error))
+@contextmanager
+def written_whole(path):
+    """Open a file for bytes, beside path until it is complete, so that path is never partial."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---- from two sets of images to the metrics ----
@@ -153,37 +199,31 @@ def exit_once(error):
 def evaluate(args):
     """Print the metrics of SAMPLES, and write the files that --json and --save_stats ask for."""
     device = choose_device(args.device)
-    if "RANK" in os.environ:  # set by torchrun
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # The other processes wait while the weights are downloaded, perhaps slowly.
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    join_processes(device)
     rank, _ = rank_and_world()
 
-    # If REF and SAMPLES are the same path, it is processed once.
-    sets = {path: open_set(path, args.half_pixel) for path in (args.ref, args.samples) if path}
+    sets = {}
+    for path in (args.ref, args.samples):
+        if path and path not in sets:  # the same path twice is processed once
+            sets[path] = open_set(path, args.half_pixel)
     net = None
-    if any(image_set.count for image_set in sets.values()):
-        net = load_inception(args.inception, bool(args.half_pixel), bool(args.tf32)).to(device)
+    if any(images.count for images in sets.values()):
+        net = load_inception(args.inception, bool(args.half_pixel)).to(device)
     features = {}
-    for path, image_set in sets.items():
-        if image_set.count:
-            features[path] = extract_features(
-                net, image_set, path, batch=args.batch, workers=args.workers, device=device
-            )
-        else:
-            features[path] = Features(image_set.pool.to(device), image_set.statistics)
+    for path, images in sets.items():
+        features[path] = images.stored
+        if images.count:
+            computed = run_network(net, images, path, args.batch, args.workers, device)
+            features[path] = computed | images.stored
 
     if args.save_stats and rank == 0:
-        arrays = {"half_pixel": args.half_pixel, **features[args.ref].statistics}
-        if len(features[args.ref].pool):
-            arrays["pool"] = features[args.ref].pool.cpu().numpy()
-        np.savez(args.save_stats, **arrays)
+        with written_whole(args.save_stats) as file:
+            np.savez(file, **features[args.ref])
     if args.samples:
-        metrics = compute_metrics(net, features[args.ref], features[args.samples])
+        metrics = compute_metrics(net, features[args.ref], features[args.samples], device)
         if rank == 0:
             report(metrics, args.json)
-    if dist.is_initialized():
-        leave_processes()
+    leave_processes()
 
 
 def choose_device(name):
@@ -206,16 +246,8 @@ def choose_device(name):
     return torch.device(name)
 
 
-@dataclass
-class Features:
-    """A set of images as the metrics see it."""
-
-    pool: torch.Tensor  # (N, 2048) of the images in file order; N is 0 if there are statistics only
-    statistics: dict  # float64 arrays by their names in STATISTICS
-
-
-def extract_features(net, image_set, title, batch, workers, device):
-    """Run the network on all images of a set and return its Features.
+def run_network(net, images, title, batch, workers, device):
+    """Run the network on the images of a Folder or Npz, and return their features by name.
 
     All processes must call it: each runs a part of the images, and all return the whole.
     title: what the progress bar says.
@@ -223,48 +255,48 @@ def extract_features(net, image_set, title, batch, workers, device):
     # Batches are dealt out to the processes in turn. So a batch holds the same images, and its
     # features are rounded in the same way, for any number of processes.
     rank, world = rank_and_world()
-    count = image_set.count
-    starts = range(rank * batch, count, world * batch)
-    spans = [(start, min(start + batch, count)) for start in starts]
-    batches = read_ahead(image_set.batches(spans, workers))
+    starts = range(rank * batch, images.count, world * batch)
+    spans = [(start, min(start + batch, images.count)) for start in starts]
+    batches = read_ahead(images.batches(spans, workers))
 
-    pool = torch.zeros(count, 2048, device=device)
+    pool = torch.zeros(images.count, 2048, device=device)
     of_pool, of_spatial = Statistics(2048, device), Statistics(2023, device)
-    work = zip(spans, batches, strict=True)
-    bar = tqdm(work, title, total=len(spans), unit="batch", disable=rank > 0)
-    for (start, stop), images in bar:
-        pool[start:stop], spatial = net(images.to(device).permute(0, 3, 1, 2))
-        of_pool.update(pool[start:stop])
+    bar = tqdm(spans, title, unit="batch", disable=rank > 0)
+    for (start, stop), pixels in zip(bar, batches, strict=True):
+        batch_pool, spatial = net(pixels.to(device).permute(0, 3, 1, 2))
+        pool[images.rows[start:stop]] = batch_pool
+        of_pool.update(batch_pool)
         of_spatial.update(spatial)
 
     # The rows of the images of other processes are zero, so the sum fills them in.
-    pool = all_reduce(pool)
-    mu, sigma = of_pool.finish()
-    mu_s, sigma_s = of_spatial.finish()
-    computed = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
-    computed = {name: array.cpu().numpy() for name, array in computed.items()}
-    return Features(pool, computed | image_set.statistics)
+    all_reduce(pool)
+    arrays = (*of_pool.finish(), *of_spatial.finish(), pool)
+    names = (*STATISTICS, "pool")
+    return {name: x.cpu().numpy() for name, x in zip(names, arrays, strict=True)}
 
 
-def compute_metrics(net, ref, samples):
-    """Return the metrics by name, without those that cannot be computed. ref, samples: Features.
+def compute_metrics(net, ref, samples, device):
+    """Return the metrics by name, without those that cannot be computed.
 
-    net: its last layer gives the Inception Score; None if no images went through the network.
-    All processes must call it, since precision and recall share the work between them.
+    ref, samples: features by name. net: its last layer gives the Inception Score; None if no images
+    went through the network. All processes must call it, since they share the work.
     """
+    ref_pool, pool = (torch.as_tensor(x.get("pool", ()), device=device) for x in (ref, samples))
     metrics = {}
-    if net is not None and len(samples.pool):
-        metrics["Inception Score"] = inception_score(net.probs(samples.pool))
-    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        if {mu, sigma} <= ref.statistics.keys() & samples.statistics.keys():
-            metrics[name] = frechet_distance(
-                ref.statistics[mu],
-                ref.statistics[sigma],
-                samples.statistics[mu],
-                samples.statistics[sigma],
+    if net is not None and len(pool):
+        metrics["Inception Score"] = inception_score(net.probs(pool), SPLIT_SIZE)
+        last = len(pool) % SPLIT_SIZE
+        if len(pool) > SPLIT_SIZE and 0 < last < SPLIT_SIZE / 2:
+            note(
+                f"The last split of the Inception Score has {last} of {SPLIT_SIZE} images but counts "
+                "as much as the others, which lowers the score."
             )
-    if min(len(ref.pool), len(samples.pool)) > 3:
-        metrics["Precision"], metrics["Recall"] = precision_recall(ref.pool, samples.pool)
+    # The same distance, of other features: pooled ones, or some at all positions of a middle layer.
+    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        if {mu, sigma} <= ref.keys() & samples.keys():
+            metrics[name] = frechet_distance(ref[mu], ref[sigma], samples[mu], samples[sigma])
+    if min(len(ref_pool), len(pool)) > 3:
+        metrics["Precision"], metrics["Recall"] = precision_recall(ref_pool, pool)
     return metrics
 
 
@@ -274,15 +306,22 @@ def report(metrics, json_file):
         if name in metrics:
             print(f"{name}: {metrics[name]}")
         else:
-            print(f"{name} is left out: it needs {needed}.", file=sys.stderr)
+            note(f"{name} is left out: it needs {needed}.")
     if json_file:
-        Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
+        with written_whole(json_file) as file:
+            file.write(json.dumps(metrics, indent=2).encode() + b"\n")
 
 
-# ---- measures of generated images ----
+def note(text):
+    """Print a line beside the results, once for all processes."""
+    if rank_and_world()[0] == 0:
+        print(text, file=sys.stderr)
 
 
-def inception_score(probs, split_size=5000):
+# ---- measures ----
+
+
+def inception_score(probs, split_size=SPLIT_SIZE):
     """Inception Score (Salimans et al. 2016), a float.
 
     It is exp(mean KL(p(y|x) || p(y))), computed on each split of the images in order and averaged;
@@ -452,89 +491,27 @@ def squared_distances(a, b, center, title, size=2048):
             yield slice(i, i + size), slice(j, j + size), distances
 
 
-# ---- measures of autoencoders, for train_ae.py --eval ----
-
-
-def ssim(x, y, data_range=2.0):
-    """Structural similarity (Wang et al. 2004) of B pairs of images, (B,) float64; 1 if equal.
-
-    It is computed in Gaussian windows of 11 x 11 pixels, sigma 1.5, and averaged over the channels
-    and all positions where the window lies inside the image.
-
-    x, y (B, 3, H, W): images, not clamped here; H and W at least 11. data_range: the length of the
-    interval of their values, 2 for [-1, 1].
-    """
-    window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5**2))
-    window = window / window.sum()
-    # float64, because the variances below are small differences of large numbers
-    x, y = (images.double().flatten(0, 1)[:, None] for images in (x, y))  # (3B, 1, H, W)
-    images = torch.cat([x, y, x * x, y * y, x * y])
-    # The window is a product: rows, then columns, which takes a fifth of the time.
-    images = F.conv2d(F.conv2d(images, window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1))
-    mean_x, mean_y, xx, yy, xy = images.chunk(5)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
-    return (luminance * structure).view(-1, 3 * luminance[0].numel()).mean(1)
-
-
-def power_sums(z):
-    """z (C, n) -> (3, C) float64: the number, sum and sum of squares of each channel's values."""
-    return torch.stack([z.double() ** power for power in range(3)]).sum(2)
-
-
-def compression(labels, sums, std):
-    """Perceptual compression: how compact and how separate latents are under ground-truth masks.
-
-    The supplement names this evaluation but gives no formulas; these two are our reading. A segment
-    is the part of one image that has one label.
-
-    labels: a label for each of S segments; those of equal str() are one label.
-    sums (S, 3, C) float64: power_sums of the latents of each segment.
-    std (C,): standard deviation of all latents per channel, by which they are divided first.
-
-    Returns a dict of two floats. "sigma2" is the variance within a segment, averaged over the
-    channels and, weighted by size, over the segments. "rho" is the mean distance between the
-    centroids of two labels, divided by the square root of the variance within a label, which is
-    summed over the channels; it is NaN for a single label.
-    """
-    scale = torch.stack([std**0, std, std**2])
-    n, total, squares = (sums / scale).unbind(1)  # (S, C) each
-    sigma2 = ((squares - total**2 / n).sum(0) / n.sum(0)).mean()
-
-    # The sums of a label are those of its segments, added up.
-    _, index = np.unique([str(label) for label in labels], return_inverse=True)
-    member = F.one_hot(torch.from_numpy(index)).T.double()  # (labels, S)
-    n, total, squares = member @ n, member @ total, member @ squares  # (labels, C) each
-    variance = (squares - total**2 / n).sum() / n[:, 0].sum()
-    rho = torch.pdist(total / n).mean() / variance.sqrt()
-    return {"sigma2": sigma2.item(), "rho": rho.item()}
-
-
 # ---- the network ----
 
 
-def load_inception(path=None, half_pixel=False, tf32=False):
+def load_inception(path=None, half_pixel=False):
     """Return the network with the published weights, fused, frozen, in eval mode, on the CPU.
 
     path: the file of the weights. None is the file in torch's hub cache, which is downloaded on
-    first use; with several processes, all must then call this function. half_pixel, tf32: see
-    InceptionV3. Raises MissingFile if there is no file, UserError if it holds something else.
+    first use; with several processes, all must then call this function. half_pixel: see
+    InceptionV3. Raises FileNotFoundError if there is no file, UserError if it holds something else.
     """
     if path is None:
         path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
         download_inception(path)
     if not Path(path).exists():
-        raise MissingFile(
-            f"{path} cannot be read as the Inception weights: it does not exist; get {URL}."
-        )
-    net = InceptionV3(half_pixel, tf32)
-    # what PyTorch raises for a file that is damaged or holds something else
-    unreadable = (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError)
+        raise FileNotFoundError(f"There is no file {path} with the Inception weights; get {URL}.")
+    net = InceptionV3(half_pixel)
     try:
         # dict() drops the format's version. PyTorch then accepts files without num_batches_tracked.
-        net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
-    except unreadable as error:
+        with open(path, "rb") as file:
+            net.load_state_dict(dict(torch.load(file, map_location="cpu", weights_only=True)))
+    except DAMAGED as error:
         raise UserError(f"{path} cannot be read as the Inception weights; get {URL}.") from error
     return net.fuse().requires_grad_(False)
 
@@ -542,29 +519,25 @@ def load_inception(path=None, half_pixel=False, tf32=False):
 def download_inception(path):
     """Download the published weights to path, unless they are there.
 
-    All processes must call it. Local rank 0 downloads for the processes of its machine, which wait
-    for it. If one download fails, all processes raise the same MissingFile.
+    All processes must call it. Local rank 0 downloads for those of its machine. The others wait in
+    the exchange, through which all hear of a failure; then all raise the same FileNotFoundError.
     """
     failure = None
     if local_rank() == 0 and not path.exists():
-        rank, _ = rank_and_world()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                URL, str(path), hash_prefix="6726825d", progress=rank == 0
-            )
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix="6726825d")
         except (OSError, RuntimeError) as error:  # no connection, no permission; a wrong hash
-            failure = (
-                f"The Inception weights cannot be downloaded ({error}); put {URL} at {path} "
-                "or give the file with --inception."
-            )
+            failure = str(error)
     failures = [failure]
     if dist.is_initialized():
         failures = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
-    for failure in failures:
-        if failure:
-            raise MissingFile(failure)
+    if any(failures):
+        raise FileNotFoundError(
+            f"The Inception weights cannot be downloaded ({max(filter(None, failures))}); put {URL} "
+            f"at {path} or give the file with --inception."
+        )
 
 
 class InceptionV3(nn.Module):
@@ -573,14 +546,12 @@ class InceptionV3(nn.Module):
     load_inception returns it with the published weights, whose names its modules have.
 
     half_pixel: resize the images as pytorch-fid does (bilinear, half-pixel centers) and not as
-    TensorFlow 1. tf32: let a GPU round the inputs of convolutions to TF32; without it they are
-    float32, whatever the caller's settings are.
+    TensorFlow 1. Convolutions are float32, whatever the caller's settings are.
     """
 
-    def __init__(self, half_pixel=False, tf32=False):
+    def __init__(self, half_pixel=False):
         super().__init__()
         self.half_pixel = half_pixel
-        self.tf32 = tf32
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding="valid")
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding="valid")
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
@@ -596,7 +567,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = Mixed6(192)
         self.Mixed_7a = Mixed7a()
         self.Mixed_7b = Mixed7(1280, average_pool)
-        # The published graph has a max pool here, where the paper averages.
+        # The published graph has a max pool here, where Szegedy et al. average.
         self.Mixed_7c = Mixed7(2048, max_pool)
         self.fc = nn.Linear(2048, 1008)
         self.eval()
@@ -613,7 +584,7 @@ class InceptionV3(nn.Module):
         # The caller may be training under autocast, and PyTorch's default is TF32 convolutions.
         with (
             torch.autocast(x.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=self.tf32),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         ):
             if self.half_pixel:
                 x = x.float() / 255
@@ -629,8 +600,8 @@ class InceptionV3(nn.Module):
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (N, 768, 17, 17)
 
-            # The evaluator reads the graph's mixed_6/conv: the 1x1 branch of Mixed_6d, which is the
-            # first of its channels. It keeps 7 of them, flattened by height, width and channel.
+            # The evaluator reads the graph's mixed_6/conv: the 1x1 branch of Mixed_6d, whose channels
+            # come first. It keeps the first 7, flattened by height, width and channel.
             spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
 
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)
@@ -824,125 +795,228 @@ class Mixed7(nn.Module):
 # ---- sets of images ----
 
 
-@dataclass
-class ImageSet:
-    """A folder or a .npz file that has been opened; no image has been read yet."""
+def list_images(folder):
+    """Find the images of a folder and its sub-folders.
 
-    # the number of images that have to go through the network; 0 if their features are stored
-    count: int
-    # batches(spans, workers) yields for each span (start, stop) the images from start to stop,
-    # (N, H, W, 3) uint8; workers is the number of threads that decode image files
-    batches: Callable | None
-    # the statistics that are stored in the file, float64 arrays by their names in STATISTICS
-    statistics: dict
-    # the pool features that are stored in the file, (N, 2048); N is 0 if there are none
-    pool: torch.Tensor = torch.zeros(0, 2048)
+    Returns their paths relative to it, sorted, and the number of other files, which were passed
+    over. An image has a suffix that Pillow knows and that is no document, video or data. Names that
+    begin with "." and __MACOSX are not there. A linked folder is followed unless it leads into the
+    set itself or to a folder around it, and no folder is listed twice.
 
-
-def open_set(path, half_pixel=0):
-    """Return the ImageSet of a folder or .npz file. Raises UserError if it cannot be used.
-
-    half_pixel: how images are resized, which must be how those were whose features are stored.
+    Raises FileNotFoundError if there is no such folder, UserError if it holds no images, and
+    OSError if a folder in it cannot be read.
     """
-    if Path(path).is_dir():
-        return open_folder(path)
-    if zipfile.is_zipfile(path):
-        return open_npz(path, half_pixel)
-    if not Path(path).exists():
-        raise UserError(f"There is no folder or .npz file {path}.")
-    raise UserError(f"{path} is neither a folder nor a .npz file; give one of the two.")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    suffixes = Image.registered_extensions().keys() - NO_PICTURES
+    files, others = [], 0
+    root, seen = os.path.realpath(folder), set()
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=throw):
+        here = os.path.realpath(path)
+        if here in seen:
+            folders.clear()  # os.walk goes on into what is left in this list
+            continue
+        seen.add(here)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if is_visible(name) and not leads_back(os.path.join(path, name), root, here)
+        )
+        inside = os.path.relpath(path, folder)
+        for name in filter(is_visible, names):
+            if os.path.splitext(name)[1].lower() in suffixes:
+                files.append(name if inside == "." else f"{inside}/{name}")
+            else:
+                others += 1
+    if not files:
+        raise UserError(
+            f"{folder} has no images but {others} other files; images have suffixes such as "
+            ".jpg, .png or .webp."
+        )
+    return sorted(files), others
 
 
-def open_folder(path):
-    """Return the ImageSet of a folder, its files in the order of their names.
+def throw(error):
+    raise error
 
-    Sub-folders are often classes. In the order of paths, a split of the Inception Score would hold
-    few classes, and the score would be too low.
+
+def is_visible(name):
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def leads_back(folder, *places):
+    """Whether a folder is a link to something that lies in one of these places or around it."""
+    if not os.path.islink(folder):
+        return False
+    target = os.path.realpath(folder)
+    return any(os.path.commonpath([target, place]) in (target, place) for place in places)
+
+
+def read_image(file):
+    """Read a file as a viewer shows it, and return a PIL image in mode RGB.
+
+    EXIF orientation is applied, and transparency is put over white. (pytorch-fid ignores the first
+    and shows the colors hidden under the second.) 16-bit grey is scaled by 65535, so a camera's 12
+    bits in 16 stay dark; 16-bit colors are cut to 8 bits by Pillow. Raises UserError with the
+    file's name if it cannot be read or has 32 bits per channel.
     """
-    files = [file for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-    files.sort(key=lambda file: (file.name, file))
-    if len(files) < 2:
-        suffixes = " ".join(IMAGE_SUFFIXES)
-        raise UserError(f"{path} has {len(files)} images ({suffixes}); at least 2 are needed.")
-    return ImageSet(len(files), partial(folder_batches, files), statistics={})
-
-
-def folder_batches(files, spans, workers):
-    """Yield the images of each span, as ImageSet.batches describes. They must be of one size."""
-    first = decode(files[0])
-    with ThreadPoolExecutor(workers) as pool:
-        for start, stop in spans:
-            images = list(pool.map(decode, files[start:stop]))
-            for file, image in zip(files[start:stop], images, strict=True):
-                if image.shape != first.shape:
-                    raise UserError(
-                        f"{file} is (H, W, 3) = {image.shape}, but {files[0]} is {first.shape}; "
-                        "bring the images of a set to one size first."
-                    )
-            yield torch.from_numpy(np.stack(images))
-
-
-def decode(file):
-    """Return an image file as an array (H, W, 3) uint8, RGB. Raises UserError if that fails."""
     try:
         with Image.open(file) as image:
-            if image.mode[0] in "IF":  # 16 or 32 bits
-                raise ValueError("it has more than 8 bits per channel")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image.load()
+            with suppress(*DAMAGED):  # Unreadable EXIF data turn nothing.
+                ImageOps.exif_transpose(image, in_place=True)
+            # A PNG or PGM file has no more than 16 bits, but may come in a mode of 32.
+            narrow = image.mode == "I" and image.format in ("PNG", "PPM")
+            if narrow or image.mode.startswith("I;16"):
+                pixels = np.asarray(image)
+                clear = pixels == image.info.get("transparency", -1)
+                image = Image.fromarray(np.where(clear, 255, pixels >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits per channel; save it with 8 or 16")
+            elif image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except DAMAGED as error:
         raise UserError(
             f"{file} cannot be read as an image ({error}); replace or remove it."
         ) from error
 
 
-def open_npz(path, half_pixel=0):
-    """Return the ImageSet of a .npz file. half_pixel: as in open_set."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "half_pixel" in arrays and arrays["half_pixel"] != half_pixel:
-                raise ValueError(f"it was saved with --half_pixel {arrays['half_pixel']}")
-            statistics = read_statistics(arrays)
-            if "pool" in arrays:
-                return ImageSet(0, None, statistics, read_pool(arrays))
-            if "arr_0" in arrays:
-                with arrays.zip.open("arr_0.npy") as stream:
-                    count, *shape = read_header(stream)
-                    batches = partial(npz_batches, path, shape, stream.tell())
-                return ImageSet(count, batches, statistics)
-            if statistics:
-                return ImageSet(0, None, statistics)
-            raise ValueError(f"it has neither arr_0 nor {', '.join(STATISTICS)}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise UserError(f"{path} cannot be used ({error}); write or download it again.") from error
+def open_set(path, half_pixel=0):
+    """Return the Folder or Npz of a path, of which no image has been read yet.
 
-
-def read_statistics(arrays):
-    """Return the statistics stored in a .npz file, float64 arrays by name.
-
-    Raises ValueError for another shape, NaN or infinity.
+    half_pixel: how images are resized, which must be how those were whose features are stored.
+    Raises UserError or OSError if it cannot be used.
     """
-    statistics = {name: arrays[name].astype(np.float64) for name in STATISTICS if name in arrays}
-    for name, array in statistics.items():
-        if array.shape != STATISTICS[name] or not np.isfinite(array).all():
-            raise ValueError(
-                f"{name} must be finite numbers of shape {STATISTICS[name]}, but has shape "
-                f"{array.shape} or contains NaN or infinity"
+    if os.path.isdir(path):
+        return Folder(path, half_pixel)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no folder or .npz file {path}.")
+    return Npz(path, half_pixel)
+
+
+class Folder:
+    """The images of a folder; the attributes are those of Npz."""
+
+    def __init__(self, path, half_pixel):
+        files, others = list_images(path)
+        self.files = [os.path.join(path, file) for file in files]
+        self.count = len(files)
+        self.stored = {"half_pixel": half_pixel}
+        # The Inception Score is computed in splits. In the order of their names a split often holds
+        # few classes, which lowers the score, so the order is random, but always the same.
+        self.rows = np.random.RandomState(0).permutation(self.count)
+        passed_over = f", {others} other files passed over" if others else ""
+        note(f"{path}: {self.count} images{passed_over}")
+        if self.count < 2:
+            raise UserError(f"{path} has 1 image; at least 2 are needed.")
+
+    def batches(self, spans, workers):
+        """Yield the images of each span (start, stop), (N, H, W, 3) uint8, all of one size.
+
+        workers: the number of threads that decode.
+        """
+        first = np.asarray(read_image(self.files[0]))
+        with ThreadPoolExecutor(workers) as pool:
+            for start, stop in spans:
+                files = self.files[start:stop]
+                images = list(pool.map(lambda file: np.asarray(read_image(file)), files))
+                for file, image in zip(files, images, strict=True):
+                    if image.shape != first.shape:
+                        raise UserError(
+                            f"{file} is (H, W, 3) = {image.shape}, but {self.files[0]} is "
+                            f"{first.shape}; bring the images of a set to one size first."
+                        )
+                yield torch.from_numpy(np.stack(images))
+
+
+class Npz:
+    """The images of a .npz file, features of images, or both.
+
+    count: how many images have to go through the network; 0 if their pool features are stored.
+    stored: the features in the file, by name. Without half_pixel they do not say how the images
+    were resized. rows: the row of the pool features for each image.
+    """
+
+    def __init__(self, path, half_pixel):
+        self.path = path
+        self.count = 0
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.stored = read_stored(archive)
+                if "pool" not in self.stored and "arr_0.npy" in archive.namelist():
+                    with archive.open("arr_0.npy") as stream:
+                        self.count, *self.shape = read_header(stream)
+                        end = stream.tell() + self.count * math.prod(self.shape)
+                    if archive.getinfo("arr_0.npy").file_size < end:
+                        raise ValueError("arr_0 is cut off")
+            if not self.stored and not self.count:
+                raise ValueError(f"it has neither arr_0 nor {', '.join(STATISTICS)}")
+        except DAMAGED as error:
+            raise UserError(
+                f"{path} cannot be used ({error}); write or download it again."
+            ) from error
+        self.rows = np.arange(self.count)
+
+        if not self.stored:
+            self.stored = {"half_pixel": half_pixel}
+        elif "half_pixel" not in self.stored:
+            hint = "" if half_pixel else "; if they are pytorch-fid's, add --half_pixel 1"
+            note(f"{path} does not say how the images of its statistics were resized{hint}.")
+        elif self.stored["half_pixel"] != half_pixel:
+            raise UserError(
+                f"{path} was saved with --half_pixel {self.stored['half_pixel']}; give that here, too."
             )
-    return statistics
+
+    def batches(self, spans, workers):
+        """Yield the images of each span (start, stop), (N, H, W, 3) uint8; workers is not used.
+
+        The array may be compressed and larger than memory, so the file is read in pieces. It is
+        read forward and to its end, where zipfile compares the checksum: since Python 3.13 a seek
+        switches that off.
+        """
+        size = math.prod(self.shape)
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+                read_header(stream)
+                position = 0
+                for start, stop in spans:
+                    for _ in range(position, start):
+                        stream.read(size)  # an image of another process
+                    pixels = bytearray(stream.read((stop - start) * size))
+                    yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape)
+                    position = stop
+                while stream.read(2**20):
+                    pass
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({error}); write or download it again."
+            ) from error
 
 
-def read_pool(arrays):
-    """Return the pool features stored in a .npz file, (N, 2048) float32.
-
-    Raises ValueError for another shape, NaN or infinity.
-    """
-    pool = torch.from_numpy(arrays["pool"].astype(np.float32, copy=False))
-    if pool.ndim != 2 or pool.shape[1] != 2048 or not pool.isfinite().all():
-        raise ValueError(
-            "pool must be finite numbers of shape (images, 2048), but has shape "
-            f"{tuple(pool.shape)} or contains NaN or infinity"
-        )
-    return pool
+def read_stored(archive):
+    """Return the features in an opened .npz file, by name. Raises ValueError if they are odd."""
+    stored = {}
+    dtypes = {"pool": np.float32, "half_pixel": np.int64}
+    for name, shape in FEATURES.items():
+        if f"{name}.npy" not in archive.namelist():
+            continue
+        with archive.open(f"{name}.npy") as stream:
+            array = np.lib.format.read_array(stream)
+            stream.read()  # at the end, zipfile compares the checksum
+        array = array.astype(dtypes.get(name, np.float64), copy=False)
+        expected = tuple(len(array) if n == "N" else n for n in shape)
+        if array.shape != expected or not np.isfinite(array).all():
+            raise ValueError(
+                f"{name} must be finite numbers of shape {shape}, but has shape {array.shape} or "
+                "contains NaN or infinity"
+            )
+        stored[name] = array
+    for pair in ({"mu", "sigma"}, {"mu_s", "sigma_s"}):
+        if len(pair & stored.keys()) == 1:
+            raise ValueError(f"it has only one of {' and '.join(sorted(pair))}")
+    return stored
 
 
 def read_header(stream):
@@ -950,32 +1024,16 @@ def read_header(stream):
 
     Raises ValueError if it does not hold at least 2 images in uint8.
     """
-    np.lib.format.read_magic(stream)
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[0] < 2 or shape[3] != 3:
+    if np.lib.format.read_magic(stream) == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+    fits = len(shape) == 4 and shape[0] >= 2 and min(shape) > 0 and shape[3] == 3
+    if dtype != np.uint8 or fortran_order or not fits:
         raise ValueError(
             f"arr_0 must be uint8 of shape (2 or more, H, W, 3) in C order, but is {dtype} {shape}"
         )
     return shape
-
-
-def npz_batches(path, shape, offset, spans, workers):
-    """Yield the images of each span, as ImageSet.batches describes; workers is not used.
-
-    The array may be compressed and larger than memory, so the file is read forward in pieces.
-    shape: of one image. offset: where the pixels begin in arr_0.npy.
-    """
-    size = math.prod(shape)
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-            for start, stop in spans:
-                stream.seek(offset + start * size)  # over the images of other processes
-                pixels = bytearray(stream.read((stop - start) * size))
-                if len(pixels) < (stop - start) * size:
-                    raise EOFError("arr_0 is cut off")
-                yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *shape)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); write or download it again.") from error
 
 
 def read_ahead(batches):
@@ -1002,13 +1060,28 @@ def rank_and_world():
     return 0, 1
 
 
+def join_processes(device):
+    """Join the other processes that torchrun has started, if any."""
+    if "RANK" not in os.environ:
+        return
+    expected = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in expected if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set but {', '.join(missing)} not; start with torchrun, or unset RANK."
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # The other processes wait while the weights are downloaded, perhaps slowly.
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+
+
 def leave_processes():
-    """Close the process group, with gloo after all processes have come here."""
+    """Close the process group, if any, with gloo after all processes have come here."""
+    if not dist.is_initialized():
+        return
     if dist.get_backend() == "gloo":
-        # The barrier holds the calls that it waits for, and through them tensors of Python's, which
-        # cannot be freed without the interpreter's lock. If a thread of gloo's were the last to let
-        # go of them, it would wait for the lock, and destroy_process_group, which has the lock, for
-        # the thread (seen with PyTorch 2.4). This variable outlives both.
+        # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's is the last to let go
+        # of the barrier. This variable outlives that.
         barrier = dist.barrier(async_op=True)
         barrier.wait()
     dist.destroy_process_group()

@@ -4,99 +4,222 @@
     python sample.py --ckpt out/dit/ckpt.pt                      an ImageNet model: figure II
     python sample.py --ckpt out/dit/ckpt.pt --labels 88 vase     a grid of two classes
     torchrun --nproc_per_node=8 -- sample.py --ckpt out/dit/ckpt.pt --num 50000     for fid.py
-    python sample.py --ckpt out/dit/ckpt.pt --num 1000 --png     files, for tools that want them
+    python sample.py --ckpt out/dit/ckpt.pt --num 50000 --npz    also one file, for ADM's evaluator
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  others' files
 
-Sample i depends on --seed and i alone, not on the number of processes or the batch. (The -- keeps
-torchrun from taking --num for an abbreviation of a flag of its own.)
+Writes samples.png into --out, or with --num the files samples/000123-207.png (index, class). Those
+that are there are kept, so the same command goes on. Sample i depends on --seed and i alone, not on
+the number of processes or the batch. (The -- keeps torchrun from taking --num for an abbreviation
+of a flag of its own.)
 """
 
 import argparse
-import dataclasses
 import datetime
-import difflib
 import json
+import math
 import os
 import re
-import shutil
+import textwrap
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import ae
 import dit
-from ae import SWITCH, UserError, at_least, fraction
+from ae import UserError, fingerprint, from_checkpoint, read_checkpoint, run_main, whole_file
+from ae import load as load_autoencoder
 
 # The ImageNet classes of figure II, from flamingo to vase.
 FIGURE_II = [130, 88, 250, 705, 947, 975, 952, 883]
-DECODED_AT_ONCE = 16  # images: a convolutional decoder takes 200 MiB for each
-SAMPLES_PER_PART = 256  # in a file of an unfinished samples.npz
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 100),
-    )
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
-    add("--ckpt", default="out/demo/dit/ckpt.pt", help="the DiT's checkpoint (default: the demo's)")
-    add("--num", type=at_least(1), help="draw this many into samples.npz, not a grid")
-    add("--png", action="store_true", help="with --num: PNG files, in the folder samples, instead")
-    add(
-        "--labels", nargs="+", help="classes, such as 88 vase (default: all; in a grid at most ten)"
-    )
-    add("--columns", type=at_least(1), default=8, help="pictures per class in a grid (default: 8)")
-    add("--seed", type=at_least(0), default=0, help="of noise and labels (default: 0)")
-    add("--out", help="folder to write into (default: the checkpoint's)")
+    add("--ckpt", type=text, default="out/demo/dit/ckpt.pt", help="the DiT's checkpoint")
+    add("--num", type=number(int, 1), help="draw this many files, not a grid")
+    add("--npz", action="store_true", help="with --num: pack them as samples.npz, too")
+    add("--per_class", action="store_true", help="with --num: as many of each class, in turns")
+    add("--labels", type=text, nargs="+", help="classes, such as 88 vase; None: all, a grid ten")
+    add("--columns", type=number(int, 1), default=8, help="pictures per class in a grid")
+    add("--seed", type=SEED, default=0, help="of noise and labels")
+    add("--out", type=text, help="folder to write into; None: the checkpoint's")
 
-    add = parser.add_argument_group(
-        "how (default: the checkpoint's, else the paper's)"
-    ).add_argument
-    add("--steps", type=at_least(1), help="Euler steps (demo: 50, paper: 250)")
-    add("--cfg_scale", type=at_least(0.0), help="guidance scale, 1 is none (demo: 1.75, paper: 10)")
-    add("--cfg_channels", type=at_least(0), help="guided latent channels (demo: 16, paper: 3)")
-    add("--cfg_start", type=fraction, help="t from which guidance applies (demo and paper: 0.1)")
-    add("--shift", type=at_least(1e-9), help="of the time grid, below 1 towards the noise (0.3)")
-    add("--batch", type=at_least(1), default=64, help="pictures per process at once (default: 64)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the DiT's products (default: float32)")
-    add("--compile", **SWITCH, help="torch.compile the DiT (default: 0)")
+    add = parser.add_argument_group("how; None: as the checkpoint says, else as the paper")
+    add = add.add_argument
+    add("--steps", type=number(int, 1), help="Euler steps")
+    add("--cfg_scale", type=number(float, 1), help="guidance scale, 1 is no guidance")
+    add("--cfg_channels", type=number(int, 0), help="latent channels that are guided")
+    add("--cfg_start", type=number(float, 0, 1), help="t from which guidance applies")
+    add("--shift", type=number(float, 1e-9), help="of the time grid, below 1 towards the noise")
+
+    add = parser.add_argument_group("on what").add_argument
+    add("--batch", type=number(int, 1), default=64, help="pictures per process at once")
+    add("--device", type=text, help="cpu, cuda, cuda:1, ...; None: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the DiT's products")
+    add("--compile", **SWITCH, default=0, help="1: torch.compile the DiT")
 
     add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
-    add("--ae", help="checkpoint of the autoencoder")
-    add("--stats", help="PyTorch file of a dict with the latents' mean and std per channel")
+    add("--ae", type=text, help="checkpoint of the autoencoder")
+    add("--stats", type=text, help="PyTorch file of a dict with the latents' mean, std per channel")
     args = parser.parse_args()
-    if args.png and args.num is None:
-        raise UserError("--png goes with --num, which says how many files to write")
+    if (args.npz or args.per_class) and args.num is None:
+        raise UserError("--npz and --per_class go with --num, the number of samples")
     return args
 
 
 def main():
-    try:
-        args = parse_args()
-        device = ae.choose_device(args.device)
-        source = Source.load(args, device)
-        out = args.out or os.path.dirname(args.ckpt) or "."
-        names = names_in_words(source.class_names)
-        labels = parse_labels(args.labels, names)
-        ae.make_folder(out)
-        if args.num is not None:
-            write_samples(source, args, out, labels)
-        elif ae.rank_and_world()[0] == 0:
-            draw_grid(source, args, out, labels, names)
-    except UserError as error:
-        ae.exit_with(error)
+    args = parse_args()
+    rank, world, device = join_processes(args.device)
+
+    # The DiT, its autoencoder, and the statistics by which its latents are normalised.
+    model, info = dit.load(args.ckpt)
+    autoencoder = autoencoder_of(info, args.ckpt, args.ae)
+    latent_mean, latent_std = load_statistics(args, info)
+    check_fit(model, autoencoder, latent_mean, latent_std)
+    parts = [part.to(device) for part in (model, autoencoder, latent_mean, latent_std)]
+
+    settings = sampling_settings(args, info, guided=model.class_dropout_prob > 0)
+    class_names = info.get("class_names", [""] * model.num_classes)
+    names = names_in_words(class_names)
+    labels = parse_labels(args.labels, names)
+    record = {
+        "model": fingerprint(model.state_dict()),
+        "autoencoder": fingerprint(autoencoder.state_dict()),
+        "statistics": fingerprint({"mean": latent_mean, "std": latent_std}),
+        "seed": args.seed,
+        "labels": labels,
+        "per_class": args.per_class,
+        "dtype": args.dtype,
+        **settings,
+    }
+    if args.compile:
+        model.compile(dynamic=False)
+
+    def generate_samples(indices, labels):
+        """Samples by index, of the classes labels -> uint8 (N, H, W, 3)."""
+        noise = [noise_of(model, args.seed, index) for index in indices]
+        noise, y = torch.stack(noise).to(device), torch.tensor(labels, device=device)
+        return generate(*parts, noise, y, args.dtype == "bfloat16", **settings)
+
+    out = args.out or os.path.dirname(args.ckpt) or "."
+    if args.num is not None:
+        classes = labels or list(range(model.num_classes))
+        write_files(generate_samples, args, out, classes, record)
+    elif rank == 0:
+        if model.num_classes == 1:
+            labels = [0] * 8
+        elif labels is None and is_imagenet(class_names):
+            labels = FIGURE_II
+        elif labels is None:
+            labels = spread(model.num_classes)
+        write_grid(generate_samples, args, out, labels, names)
+    leave_processes()
+
+
+# ---- What is drawn, and with what ----
+
+
+def autoencoder_of(info, owner, named):
+    """The autoencoder whose latents a DiT models: the one that its file `owner` carries in info, or
+    that --ae names.
+
+    Beside one that the file carries, --ae may name a later decoder to the same encoder. Another
+    encoder has other latents: raises UserError.
+    """
+    if "autoencoder" not in info:
+        if not named:
+            raise UserError(f"{owner} carries no autoencoder: name it with --ae")
+        return load_autoencoder(named)
+    carried = from_checkpoint(info["autoencoder"], owner)
+    if not named:
+        return carried
+    tuned = load_autoencoder(named)
+    if fingerprint(tuned.encoder_state()) != fingerprint(carried.encoder_state()):
+        raise UserError(
+            f"--ae {named} is another autoencoder than the one that {owner} carries, on whose "
+            "latents it was trained: leave --ae out"
+        )
+    return tuned
+
+
+def load_statistics(args, info):
+    """Mean and std of the latents, (C, 1, 1) each, from --stats or the DiT's own file."""
+    stats, names = info, ("latent_mean", "latent_std")
+    if args.stats:
+        stats, names = read_checkpoint(args.stats), ("mean", "std")
+    if not all(isinstance(stats.get(name), torch.Tensor) for name in names):
+        raise UserError(
+            f"{args.stats or args.ckpt} holds no tensors {names[0]} and {names[1]} of the latents: "
+            "name the file that does with --stats"
+        )
+    mean, std = (stats[name].float().view(-1, 1, 1) for name in names)
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(f"the latents' statistics in {args.stats or args.ckpt} are not finite")
+    return mean, std
+
+
+def check_fit(model, autoencoder, latent_mean, latent_std):
+    """Raises UserError if the DiT's latents are not those of the autoencoder and the statistics."""
+    size = model.grid * model.patch_size
+    wanted = (model.in_channels, size, size)
+    pixels = autoencoder.image_size if autoencoder.masked else size * autoencoder.patch_size
+    found = autoencoder.latent_shape(pixels, pixels)
+    if not (found == wanted and len(latent_mean) == len(latent_std) == model.in_channels):
+        raise UserError(
+            f"the autoencoder's latents {found} or the statistics ({len(latent_mean)} and "
+            f"{len(latent_std)} channels) do not fit the DiT's latents {wanted}: name those it was "
+            "trained on with --ae, --stats"
+        )
+
+
+def sampling_settings(args, info, guided):
+    """Keyword arguments of dit.sample: the flag's, else the checkpoint's, else the paper's.
+
+    guided: whether the model has a null class. Raises UserError for guidance without one.
+    """
+    settings = dict(dit.SAMPLING)
+    if isinstance(info.get("args"), dict):  # a file of train_dit.py
+        saved = info["args"]
+        settings = {name: saved["sample_steps" if name == "steps" else name] for name in settings}
+    if not guided:
+        settings["cfg_scale"] = 1.0
+    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    settings |= given
+    if settings["cfg_scale"] > 1 and not guided:
+        raise UserError(
+            "--cfg_scale above 1 needs a DiT of several classes, trained with dropped labels"
+        )
+    return settings
+
+
+def noise_of(model, seed, index):
+    """The noise (C, h, w) of a sample."""
+    size = model.grid * model.patch_size
+    rng = generator("cpu", SAMPLE, seed, index)
+    return torch.randn(model.in_channels, size, size, generator=rng)
+
+
+@torch.no_grad()
+def generate(model, autoencoder, latent_mean, latent_std, noise, y, bfloat16=False, **settings):
+    """Noise (N, C, h, w) and classes y (N,) -> images, uint8 (N, H, W, 3).
+
+    latent_mean, latent_std (C, 1, 1); bfloat16: of the DiT's products, while the Euler state and
+    the decoder stay in float32; settings: those of dit.sample.
+    """
+    with torch.autocast(noise.device.type, torch.bfloat16, enabled=bfloat16):
+        z = dit.sample(model, noise, y, **settings)
+    z = z * latent_std + latent_mean
+    # Some at a time: a convolutional decoder takes 200 MiB for each image.
+    return np.concatenate([to_uint8(autoencoder.decode(part)) for part in z.split(16)])
+
+
+# ---- Classes and their names ----
 
 
 def is_imagenet(class_names):
@@ -122,290 +245,328 @@ def caption(names, label):
 
 
 def parse_labels(words, names):
-    """The classes that --labels names, such as 88 vase or 88,vase; None if it is not given.
+    """The numbers of the classes that --labels names, or None if it is not given.
 
-    Raises UserError for a number or name that no class has, and for a name that several have.
+    A word is a class's name, else its name in other case, else its number. Raises UserError for a
+    word that is none of these, and for a name that several classes have.
     """
     if words is None:
         return None
-    by_name = {}
-    for label, name in enumerate(names):
-        by_name.setdefault(name.lower(), []).append(label)
-    by_name.pop("", None)
-
-    def captions(labels):
-        return ", ".join(caption(names, label) for label in labels)
-
     labels = []
-    for word in ",".join(words).split(","):
-        word = word.strip()
-        found = by_name.get(word.lower(), [])
-        if word.isdecimal():  # never a name, even where folders are called 1, 2, 3
-            found = [int(word)] if int(word) < len(names) else []
-        if len(found) > 1:
-            raise UserError(
-                f"--labels {word} is the name of several classes, {captions(found)}: give a number"
-            )
+    for word in words:
+        found = [label for label, name in enumerate(names) if name == word]
+        found = found or [n for n, name in enumerate(names) if name.lower() == word.lower()]
+        if not found and word.isdecimal() and int(word) < len(names):
+            found = [int(word)]
         if not found:
-            near = difflib.get_close_matches(word.lower(), by_name, n=5, cutoff=0.5)
-            near = [label for name in near for label in by_name[name]]
             raise UserError(
-                f"--labels takes class numbers or names, and {word!r} is none of this model's "
-                f"classes 0 to {len(names) - 1}"
-                + (f"; the nearest names are {captions(near)}" if near else "")
+                f"--labels {word} is none of the model's classes, 0 to {len(names) - 1}: "
+                f"{textwrap.shorten(', '.join(names), 200)}"
             )
+        if len(found) > 1:
+            several = ", ".join(caption(names, label) for label in found)
+            raise UserError(f"--labels {word} names several classes, {several}: give a number")
         labels += found
     return labels
 
 
-def draw_grid(source, args, out, labels, names):
-    """samples.png: a row per class, or eight rows of the only class."""
-    num_classes = len(names)
-    if num_classes == 1:
-        labels = [0] * 8
-    elif labels is None and is_imagenet(source.class_names):
-        labels = FIGURE_II
-    elif labels is None:
-        count = min(num_classes, 10)
-        labels = [i * num_classes // count for i in range(count)]  # spread over all
-    labels_of_samples = np.repeat(labels, args.columns)
-    indices = range(len(labels_of_samples))
-    images, _ = source.draw(indices, args.seed, args.batch, labels=labels_of_samples)
+def spread(num_classes):
+    """At most ten classes, spread over all."""
+    count = min(num_classes, 10)
+    return [i * num_classes // count for i in range(count)]
 
-    captions = [caption(names, label) if num_classes > 1 else "" for label in labels]
+
+# ---- A grid, or files ----
+
+
+def write_grid(generate_samples, args, out, labels, names):
+    """samples.png: a row for each of labels."""
+    labels_of_samples = np.repeat(labels, args.columns).tolist()
+    images = []
+    for start in tqdm(range(0, len(labels_of_samples), args.batch), "generating", unit="batch"):
+        some = labels_of_samples[start : start + args.batch]
+        images.append(generate_samples(range(start, start + len(some)), some))
+    images = np.concatenate(images)
+    captions = [caption(names, label) if len(names) > 1 else "" for label in labels]
+    os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "samples.png")
-    ae.save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), captions)
+    save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), captions)
     print(f"wrote {path}")
 
 
-def write_samples(source, args, out, labels):
-    """samples.npz with arr_0, uint8 (N, H, W, 3), and arr_1, classes (N,), if there are several; or
-    with --png the same pictures in the folder samples.
+def write_files(generate_samples, args, out, classes, record):
+    """samples/000123-207.png for each index below --num, of a class drawn from classes.
 
-    Until that is complete, samples.parts holds a file for each 256 samples, so that an interrupted
-    run goes on. Raises UserError if they were drawn with other settings.
+    record: all that decides a picture. Files of the same record are not drawn again; raises
+    UserError if the folder holds others.
     """
-    rank, world = ae.rank_and_world()
-    folder = os.path.join(out, "samples.parts")
-    path = os.path.join(out, "samples" if args.png else "samples.npz")
-    if args.png and os.path.exists(path):
-        raise UserError(f"{path} exists: remove it and {folder}, or name another folder with --out")
-    classes = list(range(len(source.class_names))) if labels is None else labels
-    starts = range(0, args.num, SAMPLES_PER_PART)
-    parts = {
-        os.path.join(folder, f"{start // SAMPLES_PER_PART:06}.npz"): range(
-            start, min(start + SAMPLES_PER_PART, args.num)
-        )
-        for start in starts
-    }
+    rank, world = rank_and_world()
+    folder, archive = os.path.join(out, "samples"), os.path.join(out, "samples.npz")
+    if args.npz and os.path.exists(archive):
+        raise UserError(f"{archive} exists: remove it, or name another folder with --out")
+    on_rank_0(claim, folder, record)
+    check_visible(folder)
+
+    # Each process takes every world-th index.
+    there = set(files_by_index(folder))
+    missing = [index for index in range(rank, args.num, world) if index not in there]
+    starts = range(0, len(missing), args.batch)
+    for start in tqdm(starts, "samples of this process", unit="batch", disable=rank > 0):
+        indices = missing[start : start + args.batch]
+        labels = []
+        for index in indices:
+            rng = generator("cpu", LABEL, args.seed, index)
+            drawn = torch.randint(len(classes), (), generator=rng)
+            labels.append(classes[index % len(classes) if args.per_class else drawn])
+        images = generate_samples(indices, labels)
+        for index, label, image in zip(indices, labels, images, strict=True):
+            with whole_file(os.path.join(folder, f"{index:06}-{label}.png")) as file:
+                Image.fromarray(image).save(file, "png")
+
     if world > 1:
-        # Only to wait for each other, which needs no GPU and can take hours.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
+        dist.barrier()  # all are drawn
+    if args.npz:
+        on_rank_0(pack, folder, archive, args.num)
     if rank == 0:
-        claim_parts(folder, source, args, classes)
-    if world > 1:
-        dist.barrier()
-    missing = [part for part in parts if not os.path.exists(part)]
-    if world > 1:
-        dist.barrier()  # all have looked
-
-    title = f"rank 0 of {world}, {SAMPLES_PER_PART} samples per part"
-    for part in tqdm(missing[rank::world], title, unit="part", disable=rank > 0):
-        images, y = source.draw(parts[part], args.seed, args.batch, classes=classes)
-        with ae.whole_file(part) as file:
-            np.savez(file, images=images, labels=y)
-    if args.png:
-        if world > 1:
-            dist.barrier()  # all parts are drawn
-        pictures = os.path.join(folder, "png")
-        for part in tqdm(list(parts)[rank::world], "PNG files", unit="part", disable=rank > 0):
-            write_png_files(part, parts[part], pictures, source.class_names)
-    if world > 1:
-        ae.leave_processes()
-    if rank == 0:
-        if args.png:
-            os.replace(pictures, path)  # as soon as all of them are there
-        else:
-            join_parts(list(parts), path, args.num, with_labels=len(source.class_names) > 1)
-        shutil.rmtree(folder)
-        print(f"wrote {path}: {args.num} samples")
+        print(f"wrote {folder}: {args.num} samples" + (f", and {archive}" if args.npz else ""))
 
 
-def claim_parts(folder, source, args, classes):
-    """Make the folder of an unfinished samples.npz, or check that its settings are the same."""
-    files = [path for path in (args.ckpt, args.ae, args.stats) if path]
-    settings = {
-        "files": [[os.path.realpath(f), os.path.getmtime(f), os.path.getsize(f)] for f in files],
-        "num": args.num,
-        "seed": args.seed,
-        "labels": classes,
-        "bfloat16": source.bfloat16,
-        **source.settings,
-    }
-    path = os.path.join(folder, "settings.json")
-    if not os.path.exists(path):
-        # Parts without settings are what is left of a run that was killed while it removed them.
-        shutil.rmtree(folder, ignore_errors=True)
-        ae.make_folder(folder)
-        with ae.whole_file(path) as file:
-            file.write(json.dumps(settings).encode())
-    with open(path) as file:
-        if json.load(file) != settings:
-            raise UserError(
-                f"{folder} holds part of a run with other settings: finish that one, or remove the "
-                "folder"
-            )
+def files_by_index(folder):
+    """The samples in a folder: names of files by the index of the sample."""
+    names = [name for name in os.listdir(folder) if re.fullmatch(r"\d+-\d+\.png", name)]
+    return {int(name.split("-")[0]): name for name in names}
 
 
-def join_parts(parts, path, num, with_labels):
-    """One .npz from the files of its parts.
+def pack(folder, path, num):
+    """One .npz of the first samples: arr_0, uint8 (num, H, W, 3), and arr_1, classes (num,).
 
     50,000 images of 256 pixels are 9.8 GB: they are streamed, never in memory at once.
     """
-    shape = (num, *np.load(parts[0])["images"].shape[1:])
+    names = files_by_index(folder)
+    names = [names[index] for index in range(num)]
+    shape = (num, *np.asarray(Image.open(os.path.join(folder, names[0]))).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with ae.whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
-            for part in parts:
-                array.write(np.load(part)["images"].tobytes())
-        if with_labels:
-            with archive.open("arr_1.npy", "w") as array:
-                np.save(array, np.concatenate([np.load(part)["labels"] for part in parts]))
+            for name in tqdm(names, "samples.npz", unit="image"):
+                array.write(np.asarray(Image.open(os.path.join(folder, name))).tobytes())
+        with archive.open("arr_1.npy", "w") as array:
+            np.save(array, np.array([int(name.split("-")[1][:-4]) for name in names]))
 
 
-def write_png_files(part, indices, folder, class_names):
-    """The samples of a part as 000000.png and so on; of several classes, in a sub-folder each."""
-    arrays = np.load(part)
-    for index, image, label in zip(indices, arrays["images"], arrays["labels"], strict=True):
-        of_class = os.path.join(folder, class_folder(class_names, label))
-        ae.make_folder(of_class)
-        path = os.path.join(of_class, f"{index:06}.png")
-        try:
-            Image.fromarray(image).save(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}") from error
+# =================================================================================================
+# Shared with the training scripts: flags, processes, randomness, pictures
+# =================================================================================================
 
 
-def class_folder(class_names, label):
-    """The sub-folder of a class: called as in the data or, if that is not known, by its number."""
-    if len(class_names) == 1:
-        return "."
-    name = class_names[label]
-    # The name comes from a file, which must not lead to other places.
-    if name and name[0] != "." and name.isprintable() and name == os.path.basename(name):
-        return name
-    return f"{label:0{len(str(len(class_names) - 1))}}"
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the script's docstring as it is, and with the default of each flag."""
 
 
-@dataclasses.dataclass
-class Source:
-    """What samples are drawn with."""
+def new_parser(doc=None, **options):
+    """An argparse parser whose errors are UserErrors."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=Help, allow_abbrev=False, **options
+    )
 
-    model: dit.DiT
-    autoencoder: ae.Autoencoder
-    latent_mean: torch.Tensor  # (C, 1, 1)
-    latent_std: torch.Tensor  # (C, 1, 1)
-    class_names: list  # the data's folders; "" where the checkpoint does not tell
-    bfloat16: bool  # in the DiT's products; the Euler state and the decoder stay float32
-    settings: dict  # keyword arguments of dit.sample
+    def refuse(message):
+        raise UserError(message)
 
-    @classmethod
-    def load(cls, args, device):
-        """From the files that the flags name. Raises UserError if they do not fit together."""
-        model, info = dit.load(args.ckpt)
-        if not args.ae and "ae" not in info:
-            raise UserError(f"{args.ckpt} carries no autoencoder: name it with --ae")
-        autoencoder = ae.load(args.ae) if args.ae else ae.from_checkpoint(info["ae"], args.ckpt)
-        mean, std = load_statistics(args, info)
-
-        size = model.grid * model.patch_size
-        wanted = (model.in_channels, size, size)
-        pixels = autoencoder.image_size if autoencoder.masked else size * autoencoder.patch_size
-        found = autoencoder.latent_shape(pixels, pixels)
-        if not (found == wanted and len(mean) == len(std) == model.in_channels):
-            raise UserError(
-                f"the autoencoder's latents {found} or the statistics ({len(mean)} and {len(std)} "
-                f"channels) do not fit the DiT's latents {wanted}: name those it was trained on "
-                "with --ae, --stats"
-            )
-
-        settings = settings_of(args, info, guided=model.class_dropout_prob > 0)
-        if args.compile:
-            missing = ae.missing_for_compile(device)
-            if not missing:
-                model.compile(dynamic=False)
-            elif ae.rank_and_world()[0] == 0:
-                ae.warn(
-                    f"torch.compile needs {missing}, which is not here: sampling goes on eagerly"
-                )
-        names = info.get("class_names", [""] * model.num_classes)
-        bfloat16 = args.dtype == "bfloat16"
-        parts = (part.to(device) for part in (model, autoencoder, mean, std))
-        return cls(*parts, names, bfloat16, settings)
-
-    @torch.no_grad()
-    def draw(self, indices, seed, batch, labels=None, classes=None):
-        """Samples by index -> uint8 (N, H, W, 3) and their classes (N,).
-
-        labels: the class of each sample; if not given, each is drawn from `classes`.
-        """
-        shape = (self.model.in_channels, *[self.model.grid * self.model.patch_size] * 2)
-        noise, drawn = [], []
-        for index in indices:
-            rng = np.random.default_rng((seed, index))
-            noise.append(rng.standard_normal(shape, dtype=np.float32))
-            if labels is None:
-                drawn.append(classes[rng.integers(len(classes))])
-        noise = torch.from_numpy(np.stack(noise))
-        y = torch.as_tensor(drawn if labels is None else labels)
-
-        images, device = [], self.latent_mean.device
-        batches = list(zip(noise.split(batch), y.split(batch), strict=True))
-        quiet = ae.rank_and_world()[0] > 0
-        for some_noise, some_y in tqdm(
-            batches, "drawing", unit="batch", leave=False, disable=quiet
-        ):
-            some_noise, some_y = some_noise.to(device), some_y.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
-                z = dit.sample(self.model, some_noise, some_y, **self.settings)
-            for part in (z * self.latent_std + self.latent_mean).split(DECODED_AT_ONCE):
-                images.append(ae.to_uint8(self.autoencoder.decode(part)))
-        return np.concatenate(images), y.numpy()
+    parser.error = refuse
+    return parser
 
 
-def load_statistics(args, info):
-    """Mean and std of the latents, (C, 1, 1) each, from --stats or the DiT's own file."""
-    stats, names = info, ("latent_mean", "latent_std")
-    if args.stats:
-        stats, names = ae.read_checkpoint(args.stats), ("mean", "std")
-    if not all(name in stats for name in names):
-        raise UserError(
-            f"{args.stats or args.ckpt} carries no latent mean and std: name them by --stats"
-        )
-    return [torch.as_tensor(stats[name]).float().view(-1, 1, 1) for name in names]
+def number(convert, low, high=math.inf):
+    """An argparse type: a finite number that convert, int or float, reads, from low to high."""
+
+    def parse(word):
+        value = convert(word)
+        if not low <= value <= high or math.isinf(value):
+            limits = f"of {low} or more" if math.isinf(high) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{word} is not a finite number {limits}")
+        return value
+
+    parse.__name__ = convert.__name__  # argparse's message for what is no number names it
+    return parse
 
 
-def settings_of(args, info, guided):
-    """Keyword arguments of dit.sample: the flag's, else the checkpoint's, else the paper's.
+def text(word):
+    """An argparse type: a word that is not empty, as an unset variable of the shell is."""
+    if not word:
+        raise argparse.ArgumentTypeError("an empty string")
+    return word
 
-    guided: whether the model has a null class. Raises UserError for guidance without one.
+
+SEED = number(int, 0, 2**32 - 1)
+DECAY = number(float, 0, 1 - 1e-9)
+SWITCH = dict(type=int, choices=(0, 1))
+
+
+def rank_and_world():
+    """This process's number and the number of processes, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(device):
+    """Join the other processes, if there are any -> rank, world, this process's device: "cpu" or
+    "cuda:N", on which products are in TF32.
+
+    device: what --device says. Raises UserError if it is not there.
     """
-    settings = dict(dit.SAMPLING)
-    if info.get("kind") == "dit":
-        saved = info["args"]
-        settings = {name: saved["sample_steps" if name == "steps" else name] for name in settings}
-    if not guided:
-        settings["cfg_scale"] = 1.0
-    for name in settings:
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    if settings["cfg_scale"] > 1 and not guided:
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UserError("of RANK and WORLD_SIZE, which torchrun sets, only one is set")
+    rank, world = rank_and_world()
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device in (None, "cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else device or "cpu"
+    if device not in ("cpu", *gpus):
+        raise UserError(f"--device {device} is not there: PyTorch finds {len(gpus)} GPUs")
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        # gloo for what is on the CPU. The others wait while rank 0 draws pictures, or while one
+        # process fills the last shard of a cache: hours, not NCCL's ten minutes.
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+        except ValueError as error:  # a variable of torchrun's is missing
+            raise UserError(f"WORLD_SIZE says {world} processes: {error}") from error
+    return rank, world, device
+
+
+def leave_processes():
+    """Wait for the other processes, then close the process group."""
+    if not dist.is_initialized():
+        return
+    # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's is the last to let go of
+    # the barrier. This variable outlives that.
+    barrier = dist.barrier(async_op=True)
+    barrier.wait()
+    dist.destroy_process_group()
+
+
+def on_rank_0(function, *args):
+    """What function returns, called in the first process alone. Its UserError or OSError is raised
+    in all processes, so that none waits for one that has ended."""
+    result = error = None
+    if rank_and_world()[0] == 0:
+        try:
+            result = function(*args)
+        except (UserError, OSError) as found:
+            error = found
+    if dist.is_initialized():
+        box = [result, error]
+        dist.broadcast_object_list(box)
+        result, error = box
+    if error is not None:
+        raise error
+    return result
+
+
+def check_visible(path):
+    """Raises UserError, in all processes, if one of them does not see a path that rank 0 made.
+
+    A file system that nodes share may show it late: each has a minute.
+    """
+    deadline = time.time() + 60
+    while not (seen := os.path.exists(path)) and time.time() < deadline:
+        time.sleep(1)
+    everywhere = [seen]
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, seen)
+    if not all(everywhere):
+        raise UserError(f"{path} must be on a file system that all nodes share")
+
+
+def claim(folder, record):
+    """Make a folder for files that took time, with the record of what they are made from, or check
+    that it has this record. record: plain values by name. Raises UserError if it has another."""
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        if set(os.listdir(folder)) - {"settings.json.tmp"}:
+            raise UserError(f"{folder} holds other files: choose another folder")
+        with whole_file(path) as file:
+            file.write(json.dumps(record, indent=1).encode())
+    try:
+        found = json.loads(Path(path).read_text())
+        different = [name for name, value in record.items() if found.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): choose another folder") from error
+    if different:
+        name = different[0]
         raise UserError(
-            "--cfg_scale above 1 needs a DiT of several classes, trained with dropped labels"
+            f"{folder} was made with other settings, its {name} is {found.get(name)} and not "
+            f"{record[name]}: choose another folder"
         )
-    return settings
+
+
+# Everything random has a key of four numbers: its stream, --seed, and two more where it has them,
+# such as a step or an index. So nothing depends on what was drawn with other keys.
+WEIGHTS, STEP, FLIP, ORDER, CROP, STATISTICS, PICTURE, SAMPLE, LABEL, PERTURBATION = range(10)
+
+
+def seed_of(stream, seed, a=0, b=0):
+    """The seed of what is random under this key."""
+    return int(np.random.SeedSequence((stream, seed, a, b)).generate_state(1, np.uint64)[0])
+
+
+def generator(device, stream, seed, a=0, b=0):
+    """The source of all that is random under this key."""
+    return torch.Generator(device).manual_seed(seed_of(stream, seed, a, b))
+
+
+def to_uint8(x):
+    """Images (B, 3, H, W) in about [-1, 1] -> NumPy uint8 (B, H, W, 3).
+
+    It is floor(clamp(127.5 x + 128, 0, 255)), as in the evaluator. Raises UserError for pixels that
+    are not finite.
+    """
+    if not x.isfinite().all():
+        raise UserError("a picture has pixels that are not finite: the weights are damaged")
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(path, rows, labels, columns=()):
+    """Save a PNG with a labelled row of pictures for each of rows.
+
+    rows: arrays of one shape, uint8 (N, H, W, 3); labels: one per row, long ones are wrapped;
+    columns: titles above them.
+    """
+    scale = max(1, 64 // rows[0].shape[1])  # small images are enlarged, pixels stay sharp
+    rows = np.stack(rows).repeat(scale, 2).repeat(scale, 3)
+    rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    R, N, H, W, _ = rows.shape
+
+    font = ImageFont.load_default(max(14, H // 12))
+    lines_per_row = max(1, int(H / (1.4 * font.size)))
+    labels = [wrap(label, lines_per_row) for label in labels]
+    margin = 12 + int(max(font.getlength(line) for label in labels for line in label.split("\n")))
+    top = int(1.5 * font.size) if columns else 0
+    canvas = Image.new("RGB", (margin + N * W, top + R * H), "white")
+    pixels = rows.transpose(0, 2, 1, 3, 4).reshape(R * H, N * W, 3)
+    canvas.paste(Image.fromarray(pixels), (margin, top))
+
+    pen = ImageDraw.Draw(canvas)
+    for r, label in enumerate(labels):
+        middle = (margin - 6, top + r * H + H // 2)
+        pen.text(middle, label, "black", font, anchor="rm", align="right")
+    for n, title in enumerate(columns):
+        pen.text((margin + n * W + W // 2, top // 2), title, "black", font, anchor="mm")
+    with whole_file(path) as file:
+        canvas.save(file, "png")
+
+
+def wrap(label, max_lines):
+    """The label in lines of 20 characters, or of as many more as max_lines lines need."""
+    width = 20
+    while len(textwrap.wrap(label, width)) > max_lines:
+        width += 1
+    return textwrap.fill(label, width)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,7 +3,7 @@
     python train_dit.py                                    the demo: digits, its VMAE's latents
     python train_dit.py --data DIR --ae vmae.pth           own images, the paper's settings
     torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae vmae.pth --cache latents
-    python train_dit.py --data DIR --resume                go on from the last checkpoint
+    python train_dit.py --data DIR --ae vmae.pth --resume  the same command goes on
     python train_dit.py --data DIR --init dit.pt           fine-tune a trained DiT
 
 Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png into --out.
@@ -12,292 +12,294 @@ Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png 
 import copy
 import functools
 import hashlib
-import json
 import os
+import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import ae
 import dit
 import fid
-from ae import SWITCH, UserError, at_least, fraction, rank_and_world, warn
-from train_ae import (
-    COMMON,
-    Batches,
-    Images,
-    Run,
-    count_flops,
-    crop_and_flip,
-    finished,
-    generator,
-    load_batches,
-    new_parser,
-    settle,
-    training_order,
-)
+import sample
+import train_ae
+from ae import Posterior, UserError, fingerprint, from_checkpoint, run_main, whole_file
+from sample import DECAY, SWITCH, generator, new_parser, number, on_rank_0, rank_and_world, text
 
-# ---- Recipes ----
+# ---- Recipe ----
 #
 # [S] supplement  [R] the authors' release and LightningDiT  [O] our choice
+# The network's sizes are in dit.DiT_models. The settings of sampling go into the checkpoint, where
+# sample.py finds its defaults.
 
-PAPER = COMMON | dict(
-    ae="out/vmae-tuned/ckpt.pt",
-    cache=None,
-    init=None,
+RECIPE = dict(
     out="out/dit",
-    ckpt_every=5000,  # [O]
-    keep_every=20_000,  # [R]
     model="DiT-B/1",  # [S]
-    image_size=256,  # [S] pixels on a side, if the autoencoder's file does not say
-    qk_norm=1,  # [S] RMSNorm of queries and keys
+    qk_norm=1,  # [S] RMSNorm of queries and keys; the release's CelebA-HQ has it off
     class_dropout=0.1,  # [R] share of the labels replaced by the null class
-    cosine_loss=False,  # [R] LightningDiT's default is True, the release's logs have it off
-    steps=100_000,  # [S] 60,000 for a single class
-    batch=1024,  # [S] images per optimiser step, over all processes
+    cosine_loss=0,  # [R] LightningDiT's default is 1, the release's logs have it off
+    steps=100_000,  # [S] 60,000 for CelebA-HQ
+    # [S] images per optimiser step, over all processes; so do four of the release's logs, while its
+    # settings and its only log with losses say 256
+    batch=1024,
     micro_batch=32,  # [O] images per process at once, the rest is gradient accumulation
     lr=2e-4,  # [S]
-    schedule="constant",  # [S]
-    betas=[0.9, 0.95],  # [R] AdamW
-    ema=0.9999,  # [R] decay of the average of the weights
-    ema_warmup=0,  # [R] 1: a smaller decay at first, (1 + step) / (10 + step)
+    schedule="constant",  # [R]
+    betas=[0.9, 0.95],  # [R] AdamW, without weight decay
+    ckpt_every=1000,  # [O]
+    keep_every=20_000,  # [R]
     sample_steps=dit.SAMPLING["steps"],
-    cfg_scale=dit.SAMPLING["cfg_scale"],
+    cfg_scale=None,  # that of SAMPLING, 10; without a null class 1
     cfg_channels=dit.SAMPLING["cfg_channels"],
     cfg_start=dit.SAMPLING["cfg_start"],
     shift=dit.SAMPLING["shift"],
 )
-STEPS_OF_A_SINGLE_CLASS = 60_000  # [S] CelebA-HQ
 
 # What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
-DEMO = PAPER | dict(
-    ae="out/demo/vmae-tuned/ckpt.pt",
-    cache="latents in --out",
+DEMO = dict(
     out="out/demo/dit",
-    workers=0,
-    log_every=50,
-    ckpt_every=2000,
-    keep_every=None,
     model="DiT-demo/1",
-    image_size=32,
     steps=3000,
     batch=32,
     lr=3e-3,
     schedule="cosine",
-    ema_warmup=1,  # the run is too short for a constant decay
+    keep_every=None,
     sample_steps=50,
     cfg_scale=1.75,
     cfg_channels=16,
 )
 
 
-def recipe_of(flags):
-    """The settings in force with these flags, and whose they are, in words."""
-    recipe = PAPER
-    if "data" not in flags:
-        recipe = DEMO | dict(cache=os.path.join(flags.get("out", DEMO["out"]), "latents"))
-    if not os.path.exists(recipe["ae"]):  # its decoder is not tuned
-        recipe = recipe | dict(ae=recipe["ae"].replace("vmae-tuned", "vmae"))
-    return recipe, "train_dit.py"
-
-
 # ---- Flags ----
 
 
 def parse_args():
-    """(args, checkpoint to resume or None)."""
-    parser, add = new_parser(__doc__, {"": DEMO}, {"": PAPER})
-    add("--ae", help="autoencoder's checkpoint; if its decoder is not tuned, the first stage's")
-    add("--cache", help="folder for the moments of all images")
-    add("--init", help="DiT to start from, of ours or LightningDiT's; ours brings its autoencoder")
-    add("--out", help="folder for checkpoint, log and pictures")
-    add("--ckpt_every", type=at_least(1), help="steps between checkpoints and pictures")
+    """The settings: flags, where they are not given --init's, else the recipe's."""
+    # --data, which chooses the recipe, is read first; the recipe becomes the flags' defaults.
+    words = new_parser(add_help=False)
+    words.add_argument("--data", type=text, help="folder of images; None: the demo, on digits")
+    demo = words.parse_known_args()[0].data is None
 
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=list(dit.DiT_models), help="size of the network")
-    add("--image_size", type=at_least(1), help="pixels on a side; if not given: the autoencoder's")
-    add("--qk_norm", **SWITCH, help="RMSNorm of queries and keys")
-    add("--class_dropout", type=fraction, help="share of the labels that are dropped")
-    add("--cosine_loss", action="store_true", help="add LightningDiT's 1 - cos(velocity, target)")
+    parser = new_parser(__doc__, parents=[words])
+    train_ae.add_run_flags(parser, demo)
+    add = parser.add_argument
+    add("--ae", type=text, help="the autoencoder's checkpoint; None: --init's, or VMAE's in out")
+    add("--cache", type=text, help="folder for the moments of all images; None: encode in training")
+    # the network
+    sizes = list(dit.DiT_models)
+    add("--model", choices=sizes, metavar="SIZE", help=f"of the network: {' '.join(sizes)}")
+    add("--image_size", type=number(int, 1), help="pixels on a side; None: the autoencoder's")
+    add("--qk_norm", **SWITCH, help="1: RMSNorm of queries and keys")
+    # the objective
+    add("--class_dropout", type=number(float, 0, 1), help="share of the labels that are dropped")
+    add("--cosine_loss", **SWITCH, help="1: add LightningDiT's 1 - cos(velocity, target)")
+    # the optimiser
+    add("--steps", type=number(int, 1), help="optimiser steps")
+    add("--lr", type=number(float, 0), help="learning rate")
+    add("--ema", type=DECAY, help="decay of the average of the weights; None: 0.9999 or less")
+    # samples.png, and the defaults of sample.py
+    add("--sample_steps", type=number(int, 1), help="Euler steps of sampling")
+    add("--cfg_scale", type=number(float, 1), help="guidance scale; None: 10, or 1 for one class")
+    add("--cfg_channels", type=number(int, 0), help="latent channels that are guided")
+    add("--cfg_start", type=number(float, 0, 1), help="t from which guidance applies")
+    add("--shift", type=number(float, 1e-9), help="of the time grid, below 1 towards the noise")
+    settings = RECIPE | DEMO if demo else RECIPE
+    return train_ae.parse_with_init(parser, settings, sizes_of)
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=at_least(1), help="optimiser steps; 60000 for a single class")
-    add("--batch", type=at_least(1), help="images per optimiser step, over all processes")
-    add("--micro_batch", type=at_least(1), help="images per process at once, at most")
-    add("--lr", type=at_least(0.0), help="learning rate")
-    add("--schedule", choices=("cosine", "constant"), help="of the learning rate")
-    add("--betas", type=fraction, nargs=2, help="AdamW")
-    add("--grad_clip", type=at_least(1e-9), help="largest norm of the gradients")
-    add("--ema", type=fraction, help="decay of the average of the weights")
-    add("--ema_warmup", **SWITCH, help="1: a smaller decay at first")
 
-    add = parser.add_argument_group("sampling: samples.png and sample.py's defaults").add_argument
-    add("--sample_steps", type=at_least(1), help="Euler steps")
-    add("--cfg_scale", type=at_least(0.0), help="guidance scale, 1 is none")
-    add("--cfg_channels", type=at_least(0), help="latent channels that are guided")
-    add("--cfg_start", type=fraction, help="t from which guidance applies")
-    add("--shift", type=at_least(1e-9), help="of the time grid, below 1 towards the noise")
-    return settle(parser, recipe_of, "dit")
+def sizes_of(args):
+    """The sizes of the DiT in --init, if its file is ours: LightningDiT's does not name them."""
+    settings = dit.load(args.init)[1].get("args")
+    if not isinstance(settings, dict):
+        return {}
+    return {name: settings[name] for name in ("model", "qk_norm", "image_size")}
 
 
 def main():
-    try:
-        train(*parse_args())
-    except UserError as error:
-        ae.exit_with(error)
+    train(parse_args())
+    sample.leave_processes()
 
 
 # ---- Training ----
 
 
-def train(args, ckpt):
-    """Train a DiT, from the start or from the checkpoint ckpt."""
-    # The images; a single class has no null class and no guidance.
-    images = Images(args.data)
+def train(args):
+    """Train a DiT, from the start or from the checkpoint in --out."""
+    # The images, the processes, the autoencoder, and what follows from other settings.
+    images = train_ae.Images(args.data)
     num_classes = len(images.classes)
+    rank, world, device = sample.join_processes(args.device)
+    slices = train_ae.resolve(args, rank, world, device)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    if args.ema is None:
+        # [R] 0.9999; a run of fewer than 60,000 steps gets less, so that its first weights, too, end
+        # with a share of e^-6 in the average.
+        args.ema = max(0.0, min(0.9999, 1 - 6 / args.steps))
+    guidance = num_classes > 1 and args.class_dropout > 0
+    if args.cfg_scale is None:
+        args.cfg_scale = dit.SAMPLING["cfg_scale"] if guidance else 1.0
+    if args.cfg_scale > 1 and not guidance:
+        raise UserError("--cfg_scale above 1 needs several classes and --class_dropout above 0")
+    if args.data is None and args.cache is None:
+        args.cache = os.path.join(args.out, "latents")  # those of digits are small
+    start, info = dit.load(args.init) if args.init else (None, {})
+    autoencoder = frozen_autoencoder(args, info)
+    if args.image_size is None:
+        args.image_size = autoencoder.image_size or 256
+    channels, size, _ = autoencoder.latent_shape(args.image_size, args.image_size)
 
-    # The DiT to start from. One of ours brings its settings, its autoencoder and the statistics of
-    # its latents, unless --ae names another autoencoder.
-    start, info, carried = None, {}, ckpt
-    if args.init and not ckpt:
-        start, info = dit.load(args.init)
-        if info.get("kind") == "dit":
-            for name in {"model", "qk_norm", "class_dropout"} - args.given:
-                setattr(args, name, info["args"][name])
-            if "ae" not in args.given:
-                args.ae, carried = args.init, info
-                if "image_size" not in args.given:
-                    args.image_size = info["args"]["image_size"]
-    if num_classes == 1 and not ckpt and "steps" not in args.given:
-        args.steps = STEPS_OF_A_SINGLE_CLASS
-    if num_classes == 1 or args.class_dropout == 0:
-        if "cfg_scale" in args.given and args.cfg_scale > 1:
-            raise UserError("--cfg_scale above 1 needs several classes and --class_dropout above 0")
-        args.cfg_scale = 1.0
-    if ckpt and finished(args, ckpt, images):
-        return
-
-    # The frozen autoencoder, and the shape of its latents.
-    autoencoder = ae.from_checkpoint(carried["ae"]) if carried else ae.load(args.ae)
-    if not carried and "image_size" not in args.given:
-        args.image_size = autoencoder.image_size or args.image_size
-        if args.data and args.image_size < PAPER["image_size"] and rank_and_world()[0] == 0:
-            warn(
-                f"the autoencoder was trained at {args.image_size} pixels, and so is the DiT; for "
-                "the paper's 256 tune its decoder first: train_ae.py --tune_decoder"
-            )
-    args.latent_shape = list(autoencoder.latent_shape(args.image_size, args.image_size))
-    run = Run(args)
-    autoencoder.to(run.device).requires_grad_(False)
-
-    # The network.
-    torch.manual_seed(args.seed)  # weights start the same in every process
-    config = {
-        "input_size": args.latent_shape[1],
-        "in_channels": args.latent_shape[0],
-        "num_classes": num_classes,
-        "qk_norm": bool(args.qk_norm),
-        "class_dropout_prob": args.class_dropout,
-    }
-    net = dit.DiT_models[args.model](**config)
+    # The network, the average of its weights, the optimiser.
+    torch.manual_seed(sample.seed_of(sample.WEIGHTS, args.seed))  # the same in every process
+    net = dit.DiT_models[args.model](
+        input_size=size,
+        in_channels=channels,
+        num_classes=num_classes,
+        qk_norm=bool(args.qk_norm),
+        class_dropout_prob=args.class_dropout,
+    )
     if start:
-        start_from(net, start, args.init, info.get("class_names"), images.classes)
-    net.to(run.device)
-
-    # Where posteriors come from: moments that a cache holds, or images that are encoded on the fly.
-    dataset = Batches(images, functools.partial(crop_and_flip, args.image_size, not images.digits))
-    posterior_of = functools.partial(encode, autoencoder, args.micro_batch)
-    if args.cache:
-        cache = Cache(args.cache, images)
-        cache.claim(cache_source(images, autoencoder, args.image_size, run), run)
-        cache.fill(posterior_of, dataset, run)
-        dataset = cache
-        posterior_of = functools.partial(ae.Posterior, deterministic=autoencoder.deterministic)
-    if carried:
-        latent_mean, latent_std = carried["latent_mean"], carried["latent_std"]
-    else:
-        latent_mean, latent_std = latent_statistics(dataset, posterior_of, len(images), run)
-    latent_mean = latent_mean.to(run.device).view(-1, 1, 1)
-    latent_std = latent_std.to(run.device).view(-1, 1, 1)
-
-    # The average of the weights, the optimiser.
+        start_from(net, start, info, args.init, images.classes)
+    net.to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=0, fused=True)
-    if run.rank == 0:
-        run.introduce(images, net, training_flops(net, args.latent_shape))
-    run.begin(ckpt, model=net, ema=ema, optimizer=optimizer)
-    del ckpt, start, info, carried
-    if run.compiled:
+
+    # The checkpoint, with --resume. It carries the autoencoder and the statistics of its latents.
+    ckpt = train_ae.begin(args, images, net)
+    first_step = ckpt["step"] + 1 if ckpt else 1
+    if ckpt:
+        info = ckpt
+        autoencoder = from_checkpoint(ckpt["autoencoder"])
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    autoencoder.to(device).requires_grad_(False)
+
+    # Moments of posteriors come from the cache, or from images that are encoded on the fly.
+    crop = functools.partial(train_ae.crop_and_flip, args.image_size, not images.digits)
+    dataset = train_ae.Batches(images, crop)
+    if args.cache:
+        on_rank_0(claim_cache, args, images, autoencoder)
+        sample.check_visible(args.cache)
+        fill_cache(args, dataset, autoencoder, device)
+        dataset = Cache(args.cache, images)
+
+    def load_moments(keys):
+        """Yields moments (B, 2C, h, w), labels (B,) and flags of unreadable images (B,)."""
+        for x, *rest in train_ae.load_batches(dataset, keys, args.workers, device):
+            moments = x.float() if args.cache else encode(autoencoder, x, args.micro_batch)
+            yield moments, *rest
+
+    # The statistics that normalise the latents.
+    if "latent_mean" in info:
+        latent_mean, latent_std = info["latent_mean"], info["latent_std"]
+    else:
+        latent_mean, latent_std = latent_statistics(args, images, load_moments, autoencoder)
+    latent_mean = latent_mean.to(device).view(-1, 1, 1)
+    latent_std = latent_std.to(device).view(-1, 1, 1)
+    del ckpt, start, info
+
+    if args.compile:
         torch._dynamo.config.optimize_ddp = False  # as in train_ae.compile_for_training
         net.compile(dynamic=False)
     model = net
-    if run.world > 1:
+    if world > 1:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    order = training_order(args, len(images), run.slices, run.done)
-    batches = load_batches(dataset, order, args.workers, run.device)
-    first_step = run.done
+    batches = load_moments(train_ae.training_order(args, len(images), slices, first_step))
+    history = {}  # what the next log line averages: lists of numbers on the device, by name
+    skipped_in_row = torch.zeros((), device=device)
+    clock, clock_step = time.time(), first_step - 1
 
-    for step in range(first_step, args.steps):
-        # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
-        # processes or smaller micro-batches change the speed, not the run.
-        on_device = {"generator": run.generator(step), "device": run.device}
-        posterior_noise = torch.randn(args.batch, *args.latent_shape, **on_device)
-        noise = torch.randn(args.batch, *args.latent_shape, **on_device)
-        t = torch.randn(args.batch, **on_device).sigmoid()
-        dropped = torch.rand(args.batch, **on_device) < net.class_dropout_prob
-        total = 0
+    for step in range(first_step, args.steps + 1):
+        # Noises, times and dropped labels are drawn for the global batch, by (seed, step), and each
+        # micro-batch takes its rows: more processes or smaller micro-batches change the speed, not
+        # the run. Which images a step has, and which are flipped, is train_ae.training_order's;
+        # nothing else is random.
+        rng = {"generator": generator(device, sample.STEP, args.seed, step), "device": device}
+        posterior_noise = torch.randn(args.batch, channels, size, size, **rng)
+        noise = torch.randn(args.batch, channels, size, size, **rng)
+        t = torch.randn(args.batch, **rng).sigmoid()
+        dropped = torch.rand(args.batch, **rng) < net.class_dropout_prob
 
-        for rows in run.slices:
-            x, y = next(batches)
-            x1 = (posterior_of(x).sample(posterior_noise[rows]) - latent_mean) / latent_std
+        for rows in slices:
+            moments, y, unreadable = next(batches)
+            posterior = Posterior(moments, autoencoder.deterministic)
+            x1 = (posterior.sample(posterior_noise[rows]) - latent_mean) / latent_std
             y = torch.where(dropped[rows], num_classes, y)  # the null class
-            if run.rank == 0 and step == first_step and rows == run.slices[0]:
-                print(
-                    f"normalised latents, first micro-batch: mean {x1.mean():.3f}, "
-                    f"std {x1.std():.3f}"
-                )
+            if rank == 0 and step == first_step and rows == slices[0]:
+                print(f"normalised latents at first: mean {x1.mean():.3f}, std {x1.std():.3f}")
             # DDP averages gradients over the processes, once per step.
-            model.require_backward_grad_sync = rows == run.slices[-1]
+            model.require_backward_grad_sync = rows == slices[-1]
 
-            with run.autocast():
+            with autocast:
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
-            (loss / len(run.slices)).backward()
-            total = total + loss.detach() / len(run.slices)
+            (loss / len(slices)).backward()
+            history.setdefault("loss", []).append(loss.detach())
+            history.setdefault("unreadable", []).append(unreadable.mean())
 
-        taken = run.update([optimizer], run.learning_rate(step), {"loss": total})
-        decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
-        update_ema(ema, net, taken * (1 - decay))
+        # The optimiser step and the average of the weights. A loss that is not finite, in any
+        # process, makes the norm of the averaged gradients not finite: the step changes nothing.
+        lr = train_ae.learning_rate(args, step, args.lr)
+        norm = clip_grad_norm_(net.parameters(), args.grad_clip)
+        skip = 1 - norm.isfinite().float()
+        train_ae.update(optimizer, lr, skip)
+        update_ema(ema, net, (1 - skip) * (1 - args.ema))
+        skipped_in_row = (skipped_in_row + 1) * skip
+        history.setdefault("grad_norm", []).append(norm)
+        history.setdefault("skipped", []).append(skip)
 
-        run.listen()
-        if run.save_due():
-            run.save(
-                kind="dit",
-                dit_config={"name": args.model, **config},
-                images=len(images),
-                class_names=images.classes,
-                latent_mean=latent_mean.flatten(),
-                latent_std=latent_std.flatten(),
-                ae={**autoencoder.recipe, "model": autoencoder.state_dict()},
+        # A log line, every --log_every steps; it waits for the device.
+        if step in (1, args.steps) or step % args.log_every == 0:
+            speed = (step - clock_step) * args.batch / (time.time() - clock)
+            train_ae.log(args, step, history, lr, speed, skipped_in_row)
+            history, clock, clock_step = {}, time.time(), step
+
+        # A checkpoint, every --ckpt_every steps; pictures with those that stay and at the end.
+        numbered = bool(args.keep_every) and step % args.keep_every == 0
+        if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
+            saving = time.time()
+            ckpt = {
+                # Read by --resume alone:
+                "model": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                # By dit.load, sample.py and --init, too:
+                "ema": ema.state_dict(),
+                "class_names": images.classes,
+                "latent_mean": latent_mean.flatten(),
+                "latent_std": latent_std.flatten(),
+                "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
+            }
+            train_ae.save(args, step, images, numbered, ckpt)  # adds step, args and images
+            if numbered or step == args.steps:
+                save_samples(args, (ema, autoencoder, latent_mean, latent_std), images.classes)
+            clock += time.time() - saving  # speed is that of training
+
+    if rank == 0:
+        print(f"finished: see {args.out}/ckpt.pt and {args.out}/samples.png")
+
+
+def frozen_autoencoder(args, info):
+    """The autoencoder whose latents the DiT models; info: what the file of --init holds."""
+    if "autoencoder" not in info and args.ae is None:
+        args.ae = os.path.join("out" if args.data else "out/demo", "vmae-tuned", "ckpt.pt")
+        if not os.path.exists(args.ae):
+            data = f" --data {args.data}" if args.data else ""
+            raise FileNotFoundError(
+                f"there is no autoencoder in {args.ae}: train it (train_ae.py{data}, then "
+                f"train_ae.py{data} --tune_decoder), or name another with --ae"
             )
-            run.draw(
-                lambda: draw_samples(ema, autoencoder, latent_mean, latent_std, images.classes, run)
-            )
-        if run.ending:
-            break
-    run.finish("samples.png")
+    return sample.autoencoder_of(info, args.init, args.ae)
 
 
-def start_from(net, start, path, their_classes, classes):
-    """Give net the weights of start, the DiT in the file `path`.
+def start_from(net, start, info, path, classes):
+    """Give net the weights of start, the DiT in the file `path`, of which info is the rest.
 
-    The embeddings of the classes are kept if the classes are the same, by name and order, or by
-    number where the file has no names (None). Otherwise they start afresh, and only the null
-    class's is kept. Raises UserError if the sizes differ.
+    A class keeps the embedding of the class of its name there, or of its number where the file has
+    no names; others get new ones. Raises UserError if the sizes differ.
     """
     table = "y_embedder.embedding_table.weight"
     old, new = start.state_dict(), net.state_dict()
@@ -308,17 +310,17 @@ def start_from(net, start, path, their_classes, classes):
             f"they have {start.in_channels} channels on a grid of {start.grid}, here "
             f"{net.in_channels} on {net.grid}): check --model, --qk_norm, --ae and --image_size"
         )
-    same = their_classes in (None, classes) and start.num_classes == net.num_classes
-    if same:
-        new_table[: net.num_classes] = old_table[: net.num_classes]
+    names = info.get("class_names")
+    if names is None:  # LightningDiT's
+        names = classes if start.num_classes == net.num_classes else []
+    kept = [name for name in classes if name in names]
+    for name in kept:
+        new_table[classes.index(name)] = old_table[names.index(name)]
     if start.class_dropout_prob > 0 and net.class_dropout_prob > 0:
         new_table[-1] = old_table[-1]
     net.load_state_dict(old | {table: new_table})
     if rank_and_world()[0] == 0:
-        print(
-            f"starting from {path}, "
-            + ("its classes are these" if same else "with new embeddings for other classes")
-        )
+        print(f"starting from {path}, which has {len(kept)} of these {len(classes)} classes")
 
 
 @torch.no_grad()
@@ -328,216 +330,170 @@ def update_ema(ema, net, rate):
         average.lerp_(weight, rate)
 
 
-@torch.no_grad()
-def encode(autoencoder, micro_batch, x):
-    """Images (B, 3, S, S) -> the posterior of their latents, micro_batch images at once.
+def save_samples(args, parts, class_names):
+    """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights.
 
-    In float32 (TF32 products on a GPU): bfloat16 would cost as much of the latents' std as the
-    posterior's own.
+    parts: the EMA, the autoencoder, mean and std of the latents, as sample.generate takes them.
     """
-    posteriors = [autoencoder.encode(part) for part in x.split(micro_batch)]
-    moments = torch.cat([torch.cat([p.mean, p.logvar], 1) for p in posteriors])
-    return ae.Posterior(moments, autoencoder.deterministic)
-
-
-def training_flops(net, latent_shape):
-    """FLOPs of forward and backward pass for one image."""
-    net = copy.deepcopy(net).to("meta")  # where nothing is computed
-
-    def forward_and_backward():
-        x1, noise = (torch.zeros(1, *latent_shape, device="meta") for _ in range(2))
-        y, t = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, device="meta")
-        dit.flow_loss(net, x1, y, noise, t).backward()
-
-    return count_flops(forward_and_backward)
-
-
-@torch.no_grad()
-def draw_samples(ema, autoencoder, latent_mean, latent_std, class_names, run):
-    """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
-    args, columns = run.args, 8
-    num_rows = min(10, ema.num_classes)
-    classes = np.arange(num_rows) * ema.num_classes // num_rows
-    y = torch.tensor(classes).repeat_interleave(columns)
-    noise = torch.randn(len(y), *args.latent_shape, generator=generator("cpu", args.seed))
+    device = parts[-1].device
     settings = {name: getattr(args, name) for name in dit.SAMPLING if name != "steps"}
-
-    images = []
+    classes = sample.spread(len(class_names))
+    y = torch.tensor(classes).repeat_interleave(8)
+    noise = torch.stack([sample.noise_of(parts[0], args.seed, index) for index in range(len(y))])
     # Guidance doubles the batch.
     at_once = max(1, args.micro_batch // 2)
-    for some_noise, some_y in zip(noise.split(at_once), y.split(at_once), strict=True):
-        some_noise, some_y = some_noise.to(run.device), some_y.to(run.device)
-        z = dit.sample(ema, some_noise, some_y, steps=args.sample_steps, **settings)
-        for part in (z * latent_std + latent_mean).split(8):
-            images.append(ae.to_uint8(autoencoder.decode(part)))
+    images = [
+        sample.generate(
+            *parts, some_noise.to(device), some_y.to(device), steps=args.sample_steps, **settings
+        )
+        for some_noise, some_y in zip(noise.split(at_once), y.split(at_once), strict=True)
+    ]
     images = np.concatenate(images)
-    rows = images.reshape(num_rows, columns, *images.shape[1:])
-    ae.save_grid(os.path.join(args.out, "samples.png"), rows, [class_names[c] for c in classes])
+    rows = images.reshape(len(classes), 8, *images.shape[1:])
+    path = os.path.join(args.out, "samples.png")
+    sample.save_grid(path, rows, [class_names[label] for label in classes])
 
 
 # ---- Latents ----
 
 
-class Cache:
-    """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
+@torch.no_grad()
+def encode(autoencoder, x, at_once):
+    """Images (B, 3, S, S), some at once -> the moments of their posteriors (B, 2C, h, w).
 
-    Shards of 4,096 images: moments-00000.npy (n, 2, 2C, h, w), where [:, 1] are the flips', and
-    labels-00000.npy (n,). It takes the place of Batches. Rounding to 16 bit moves a latent by less
-    than 0.001 of its channel's std (rms) and the posterior's std by 0.1%.
+    In float32 (TF32 products on a GPU): the rounding of bfloat16 would be as large as the
+    posterior's std.
     """
-
-    shard = 4096
-    most_open = 500  # files of moments; a process may not open many, ImageNet has 313
-    limit = 0  # unreadable images were replaced when the cache was written
-
-    def __init__(self, folder, images):
-        self.folder, self.images = folder, images
-        self.opened, self.labels = {}, {}  # arrays by number of the shard
-
-    def path(self, kind, k):
-        return os.path.join(self.folder, f"{kind}-{k:05}.npy")
-
-    def moments_of(self, k):
-        if k not in self.opened:
-            if len(self.opened) >= self.most_open:
-                del self.opened[next(iter(self.opened))]
-            self.opened[k] = np.load(self.path("moments", k), mmap_mode="r")
-        return self.opened[k]
-
-    def labels_of(self, k):
-        if k not in self.labels:
-            self.labels[k] = np.load(self.path("labels", k))
-        return self.labels[k]
-
-    def __getitem__(self, keys):
-        moments, labels = [], []
-        for index, _epoch, flip in keys:
-            k, row = divmod(index, self.shard)
-            flipped = int(flip and not self.images.digits)  # digits never are
-            moments.append(self.moments_of(k)[row, flipped])
-            labels.append(int(self.labels_of(k)[row]))
-        return torch.from_numpy(np.stack(moments)), torch.tensor(labels), []
-
-    def fill(self, posterior_of, dataset, run):
-        """Write the shards that are missing; the processes take turns.
-
-        posterior_of: images -> their posteriors. Raises UserError for moments beyond 16 bits.
-        """
-        n = len(self.images)
-        size = run.args.micro_batch
-        missing = [
-            k for k in range(-(-n // self.shard)) if not os.path.exists(self.path("moments", k))
-        ][run.rank :: run.world]
-        if run.world > 1:
-            dist.barrier()  # all have looked
-        shards = {k: range(k * self.shard, min(n, (k + 1) * self.shard)) for k in missing}
-        keys = [
-            [(index, 0, False) for index in shard[j : j + size]]
-            for shard in shards.values()
-            for j in range(0, len(shard), size)
-        ]
-        batches = load_batches(dataset, keys, run.args.workers, run.device)
-        bar = tqdm(total=len(keys), desc="latents", unit="batch", disable=run.rank > 0 or not keys)
-        for k, shard in shards.items():
-            moments, labels = [], []
-            while sum(map(len, labels)) < len(shard):
-                x, y = next(batches)
-                pair = [posterior_of(x), posterior_of(x.flip(-1))]
-                pair = [torch.cat([p.mean, p.logvar], 1) for p in pair]
-                pair = torch.stack(pair, 1).half()
-                if not pair.isfinite().all():
-                    raise UserError(
-                        "a latent is not finite, or beyond the 65,504 that 16 bits can hold: train "
-                        "without --cache"
-                    )
-                moments.append(pair.cpu().numpy())
-                labels.append(y.cpu().numpy())
-                bar.update()
-            # The moments come last: where they are, the shard is complete.
-            for kind, parts in (("labels", labels), ("moments", moments)):
-                with ae.whole_file(self.path(kind, k)) as file:
-                    np.save(file, np.concatenate(parts))
-        bar.close()
-        if run.world > 1:
-            dist.barrier()
-
-    def claim(self, source, run):
-        """Make the folder, or check that it was made from the same source; rank 0 does.
-
-        source: a dict of plain values. Raises UserError for a folder made from another source.
-        """
-        if run.rank == 0:
-            self.claim_by_rank_0(source)
-        if run.world > 1:
-            dist.barrier()
-
-    def claim_by_rank_0(self, source):
-        path = os.path.join(self.folder, "source.json")
-        if not os.path.exists(path):
-            if os.path.isfile(self.folder) or (
-                os.path.exists(self.folder) and set(os.listdir(self.folder)) - {"source.json.tmp"}
-            ):
-                raise UserError(
-                    f"--cache {self.folder} exists and is no latent cache: choose another folder"
-                )
-            ae.make_folder(self.folder)
-            with ae.whole_file(path) as file:
-                file.write(json.dumps(source, indent=1).encode())
-        with open(path) as file:
-            found = json.load(file)
-        for name, value in source.items():
-            if found.get(name) != value:
-                raise UserError(
-                    f"--cache {self.folder} is of other latents, its {name} is {found.get(name)} "
-                    f"and not {value}: choose another folder"
-                )
+    posteriors = [autoencoder.encode(part) for part in x.split(at_once)]
+    return torch.cat([torch.cat([p.mean, p.logvar], 1) for p in posteriors])
 
 
-def cache_source(images, autoencoder, image_size, run):
-    """What makes a cache valid: the autoencoder's weights, the files, the size, the precision.
-
-    The files by path within the folder, size and time of modification. Only rank 0 asks for it.
-    """
-    if run.rank > 0:
-        return None
-    weights = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
-    listing = ["digits"]
-    if not images.digits:
-        listing = []
-        for file in images.files:
-            status = os.stat(file)
-            name = os.path.relpath(file, images.folder)
-            listing.append(f"{name} {status.st_size} {status.st_mtime_ns}")
-    return {
-        "autoencoder": weights.hexdigest()[:16],
-        "images": hashlib.sha256(os.fsencode("\n".join(listing))).hexdigest()[:16],
-        "image_size": image_size,
-        "precision": "float32" if run.device == "cpu" else "TF32",
-    }
-
-
-def latent_statistics(dataset, posterior_of, n, run):
+def latent_statistics(args, images, load_moments, autoencoder):
     """Mean and unbiased std (C,) per channel; a sample each of 10,000 random images, unflipped."""
-    picked = np.random.default_rng((run.args.seed, n)).permutation(n)[:10000].tolist()
-    chunks = [picked[i : i + 100] for i in range(0, len(picked), 100)]
-    mine = range(run.rank, len(chunks), run.world)
-    keys = [[(index, 0, False) for index in chunks[k]] for k in mine]
-    sums = torch.zeros(3, run.args.latent_shape[0], dtype=torch.float64, device=run.device)
-    batches = load_batches(dataset, keys, run.args.workers, run.device)
-    mine = tqdm(mine, "latent statistics", unit="batch", disable=run.rank > 0)
-    for k, (x, _) in zip(mine, batches, strict=True):
-        posterior = posterior_of(x)
-        draw = run.generator(k, 2)
-        noise = torch.randn(posterior.mean.shape, device=run.device, generator=draw)
-        sums += fid.power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))  # (C, B * h * w)
-    if run.world > 1:
-        dist.all_reduce(sums)
-    count, total, squares = sums
+    rank, world = rank_and_world()
+    n = len(images)
+    picked = (
+        np.random.default_rng(sample.seed_of(sample.STATISTICS, args.seed))
+        .permutation(n)[:10000]
+        .tolist()
+    )
+    parts = [picked[i : i + 100] for i in range(0, len(picked), 100)]
+    mine = range(rank, len(parts), world)
+    keys = [[(index, 0, False) for index in parts[k]] for k in mine]
+    device = next(autoencoder.parameters()).device
+    sums = torch.zeros(3, autoencoder.latent_dim, dtype=torch.float64, device=device)
+    bar = tqdm(mine, "latent statistics", unit="batch", disable=rank > 0)
+    for k, (moments, _, _) in zip(bar, load_moments(keys), strict=True):
+        posterior = Posterior(moments, autoencoder.deterministic)
+        rng = generator(device, sample.STATISTICS, args.seed, 1, k)
+        noise = torch.randn(posterior.mean.shape, generator=rng, device=device)
+        # (C, B * h * w)
+        sums += train_ae.power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))
+    count, total, squares = fid.all_reduce(sums)
     mean = total / count
     return mean.float(), ((squares - count * mean.square()) / (count - 1)).sqrt().float()
 
 
+SHARD = 8192  # images in a file of the cache
+
+
+def shard_path(folder, name, k):
+    return os.path.join(folder, f"{name}-{k:05}.npy")
+
+
+class Cache(torch.utils.data.Dataset):
+    """The moments of every image and its flip, in 16 bit, read by index from memory-mapped files.
+
+    Shards of 8,192 images: moments-00000.npy (n, 2, 2C, h, w), where [:, 1] are the flips', and
+    labels-00000.npy (n,). It takes the place of Batches. Rounding to 16 bit moves a latent by less
+    than 0.001 of its channel's std (rms) and the posterior's std by 0.1%.
+    """
+
+    def __init__(self, folder, images):
+        self.folder, self.mirror = folder, not images.digits  # digits are never flipped
+        self.opened = {}  # moments and labels by number of the shard
+
+    def shard(self, k):
+        # Opened at first use, so that a loader process opens its own.
+        if k not in self.opened:
+            try:
+                moments = np.load(shard_path(self.folder, "moments", k), mmap_mode="r")
+                self.opened[k] = moments, np.load(shard_path(self.folder, "labels", k))
+            except (ValueError, EOFError) as error:
+                raise UserError(f"the cache {self.folder} is damaged ({error})") from error
+        return self.opened[k]
+
+    def __getitem__(self, keys):
+        moments, labels = [], []
+        for index, _epoch, flip in keys:
+            of_shard, labels_of_shard = self.shard(index // SHARD)
+            moments.append(of_shard[index % SHARD, int(flip and self.mirror)])
+            labels.append(int(labels_of_shard[index % SHARD]))
+        return torch.from_numpy(np.stack(moments)), torch.tensor(labels), torch.zeros(len(keys))
+
+
+def claim_cache(args, images, autoencoder):
+    """Make the cache's folder, or check that it was made of the same images, by path within the
+    folder, size and time of modification, and of the same latents. Raises UserError if not."""
+    listing = ["digits"]
+    if not images.digits:
+        listing = []
+        for index in range(len(images)):
+            path = images.path(index)
+            status = os.stat(path, follow_symlinks=os.path.exists(path))  # of a broken link: itself
+            name = os.fsdecode(images.files[index])
+            listing.append(f"{name} {status.st_size} {status.st_mtime_ns}")
+    record = {
+        "format": 2,
+        "autoencoder": fingerprint(autoencoder.encoder_state()),
+        "images": hashlib.sha256(os.fsencode("\n".join(listing))).hexdigest()[:16],
+        "image_size": args.image_size,
+        "precision": "float32" if args.device == "cpu" else "TF32",
+    }
+    sample.claim(args.cache, record)
+
+
+def fill_cache(args, dataset, autoencoder, device):
+    """Write the shards that are missing; the processes take turns.
+
+    Raises UserError for moments beyond 16 bits.
+    """
+    rank, world = rank_and_world()
+    n = len(dataset.images)
+    shards = range(-(-n // SHARD))
+    missing = [k for k in shards if not os.path.exists(shard_path(args.cache, "moments", k))]
+    if world > 1:
+        dist.barrier()  # all have looked
+    spans = {k: range(k * SHARD, min(n, (k + 1) * SHARD)) for k in missing[rank::world]}
+    keys = [
+        [(index, 0, False) for index in span[i : i + args.micro_batch]]
+        for span in spans.values()
+        for i in range(0, len(span), args.micro_batch)
+    ]
+    batches = train_ae.load_batches(dataset, keys, args.workers, device)
+    bar = tqdm(total=len(keys), desc="latents", unit="batch", disable=rank > 0 or not keys)
+    for k, span in spans.items():
+        moments, labels = [], []
+        while sum(map(len, labels)) < len(span):
+            x, y, _ = next(batches)
+            pair = [encode(autoencoder, x, len(x)), encode(autoencoder, x.flip(-1), len(x))]
+            pair = torch.stack(pair, 1).half()
+            if not pair.isfinite().all():
+                raise UserError(
+                    "a latent is not finite, or beyond the 65,504 that 16 bits can hold: train "
+                    "without --cache"
+                )
+            moments.append(pair.cpu().numpy())
+            labels.append(y.cpu().numpy())
+            bar.update()
+        # The moments come last: where they are, the shard is complete.
+        for name, parts in (("labels", labels), ("moments", moments)):
+            with whole_file(shard_path(args.cache, name, k)) as file:
+                np.save(file, np.concatenate(parts))
+    bar.close()
+    if world > 1:
+        dist.barrier()
+
+
 if __name__ == "__main__":
-    main()
+    run_main(main, fid.UserError)
