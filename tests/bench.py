@@ -15,7 +15,8 @@ of the paper's recipes are the first steps of the scripts themselves, to see whe
 micro-batch fits the A100 of 40 GB that it is meant for; they need a GPU.
 
 FLOP/s are those of forward and backward passes, a multiply and an add counted as two; their share
-is that of the rate of square matrix products in the same arithmetic. Weights are random.
+is that of the rate of square matrix products in the same arithmetic, and in bfloat16 also that of
+the GPU's peak by its data sheet, the MFU. Weights are random.
 """
 
 import argparse
@@ -42,12 +43,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import ae
 import dit
 import fid
+import sample
 import train_ae
 import train_dit
 
@@ -55,6 +59,26 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # The arithmetic of products in float32, as the scripts set it.
 TF32 = "TF32" if CUDA else "float32"
+
+# Dense products in bfloat16 that GPUs can do, in TFLOP/s, from their makers' data sheets.
+PEAKS = {
+    "A10": 125,
+    "A30": 165,
+    "A40": 150,
+    "A100": 312,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H200": 989,
+    "B200": 2250,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 209,
+    "RTX A6000": 155,
+    "RTX 6000 Ada": 364,
+}
 
 # The functions that make the rows, by name. Each takes the row's name and returns the arguments of
 # measure, or a list of them if the row has several lines.
@@ -146,6 +170,20 @@ def products(arithmetic):
     return best
 
 
+def peak_of(gpu):
+    """Dense bfloat16 FLOP/s of a GPU by its name, such as "NVIDIA A100-SXM4-40GB", or None."""
+    # Not a card of another make that has the name in its own, nor a slice of a card.
+    names = [name for name in PEAKS if re.search(rf"\b{name}\b(?! (Laptop|Ti|D|NVL)\b)", gpu)]
+    return PEAKS[max(names, key=len)] * 1e12 if names and "MIG" not in gpu else None
+
+
+def count_flops(function):
+    """FLOPs of a call, a multiply and an add counted as two."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def folder():
     """A new folder, which is removed when the process ends."""
     path = Path(tempfile.mkdtemp())
@@ -168,59 +206,49 @@ def version(package):
 # ---- Training ----
 
 
-def begin_run(batch, compiles=CUDA):
-    """A training run on random inputs, which after its first step neither logs nor saves.
+LR = 1e-4  # any: nothing is learned here
 
-    compiles: whether the network is compiled, which on a CPU needs --compile.
+
+def settings(batch, compiles=CUDA):
+    """The settings of a training step of this many images, as the scripts choose them here.
+
+    compiles: whether the network is compiled, which on a CPU needs --compile 1.
     """
-    never = 10**9
-    args = argparse.Namespace(
-        device=DEVICE,
-        dtype=None,
-        compile=compiles,
-        seed=0,
-        out=str(folder()),
-        steps=never,
-        log_every=never,
-        ckpt_every=never,
+    ampere = CUDA and torch.cuda.get_device_capability() >= (8, 0)
+    return argparse.Namespace(
         batch=batch,
-        micro_batch=batch,
-        lr=1e-4,
-        schedule="constant",
+        dtype="bfloat16" if ampere else "float32",
+        compile=compiles,
         betas=(0.9, 0.95),
         weight_decay=0.0,
         grad_clip=math.inf,
-        given=set(),
     )
-    run = train_ae.Run(args)
-    run.begin(None)
-    return run
 
 
-def end_step(run):
-    """What the training loops do after an optimiser step."""
-    run.listen()
-    if run.ending:
-        sys.exit("stopped by a signal")
+def autocast(args):
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def training(run, step, flops, peer):
-    """The arguments of measure for a step of training; flops: those per image."""
+def training(args, step, skipped, flops, peer):
+    """The arguments of measure for a step of training.
+
+    skipped: a list of numbers on the device, to which step adds 1 if it changed nothing, else 0;
+    flops: those per image.
+    """
 
     def check():
-        assert run.skipped == 0, "steps were skipped, so this is not their time"
+        assert not torch.stack(skipped).any(), "steps were skipped, so this is not their time"
 
-    batch = run.args.batch
-    note = f"batch {batch}"
-    if run.bfloat16:
+    note = f"batch {args.batch}"
+    if args.dtype == "bfloat16":
         note += ", bfloat16"
-    if run.compiled:
+    if args.compile:
         note += ", compiled"
     return {
         "ours": step,
         "peer": peer,
-        "per": (batch, "images/s"),
-        "flops": (batch * flops, "bfloat16" if run.bfloat16 else TF32),
+        "per": (args.batch, "images/s"),
+        "flops": (args.batch * flops, "bfloat16" if args.dtype == "bfloat16" else TF32),
         "note": note,
         "check": check,
         "memory": True,
@@ -230,39 +258,56 @@ def training(run, step, flops, peer):
 @rows("DiT-B/1 training")
 def dit_training(name):
     batch = 32 if CUDA else 2
-    run = begin_run(batch, compiles=train_ae.missing_for_compile(DEVICE) is None)
+    args = settings(batch, compiles=CUDA or shutil.which("g++") is not None)
     net = dit.DiT_models["DiT-B/1"](input_size=32, in_channels=16, num_classes=1000)
-    flops = train_dit.training_flops(net, (16, 32, 32))
-    net.to(run.device)
+    flops = dit_training_flops(net)
+    net.to(DEVICE)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = train_ae.make_optimizer(net, run.args)
-    if run.compiled:
-        net.compile(dynamic=False)  # as in train_dit.train
-    moments = torch.randn(batch, 32, 32, 32, device=run.device)
-    y = torch.arange(batch, device=run.device)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LR, args.betas, weight_decay=0, fused=True)
+    if args.compile:
+        net.compile(dynamic=False)
+    moments = torch.randn(batch, 32, 32, 32, device=DEVICE)
+    y = torch.arange(batch, device=DEVICE)
+    skipped = []
 
     def step(model=net):
         """A step as in train_dit.train."""
-        done = run.done
-        on_device = {"generator": run.generator(done), "device": run.device}
-        posterior_noise = torch.randn(batch, 16, 32, 32, **on_device)
-        noise = torch.randn(batch, 16, 32, 32, **on_device)
-        t = torch.randn(batch, **on_device).sigmoid()
-        dropped = torch.rand(batch, **on_device) < net.class_dropout_prob
+        rng = {"generator": sample.generator(DEVICE, sample.STEP, 0, len(skipped))}
+        rng["device"] = DEVICE
+        posterior_noise = torch.randn(batch, 16, 32, 32, **rng)
+        noise = torch.randn(batch, 16, 32, 32, **rng)
+        t = torch.randn(batch, **rng).sigmoid()
+        dropped = torch.rand(batch, **rng) < net.class_dropout_prob
 
         x1 = ae.Posterior(moments).sample(posterior_noise)
-        with run.autocast():
+        with autocast(args):
             loss = dit.flow_loss(model, x1, torch.where(dropped, 1000, y), noise, t)
         loss.backward()
-        taken = run.update([optimizer], run.learning_rate(done), {"loss": loss.detach()})
-        train_dit.update_ema(ema, net, taken * (1 - train_dit.PAPER["ema"]))
-        end_step(run)
+        norm = clip_grad_norm_(net.parameters(), args.grad_clip)
+        skip = 1 - norm.isfinite().float()
+        train_ae.update(optimizer, LR, skip)
+        train_dit.update_ema(ema, net, (1 - skip) * (1 - 0.9999))
+        skipped.append(skip)
 
     peer = None
-    if run.compiled:
+    if args.compile:
         # Module.compile leaves the method forward as it was.
         peer = ("eager", functools.partial(step, net.forward))
-    return training(run, step, flops, peer)
+    return training(args, step, skipped, flops, peer)
+
+
+def dit_training_flops(net):
+    """FLOPs of forward and backward pass of a DiT for one image."""
+    net = copy.deepcopy(net).to("meta")  # where nothing is computed
+    size = net.grid * net.patch_size
+
+    def forward_and_backward():
+        x1, noise = (torch.zeros(1, net.in_channels, size, size, device="meta") for _ in range(2))
+        y, t = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, device="meta")
+        dit.flow_loss(net, x1, y, noise, t).backward()
+
+    return count_flops(forward_and_backward)
 
 
 def random_lpips():
@@ -285,9 +330,9 @@ def autoencoder_training(name):
     batch = (16384 if CUDA else 1024) // size
     if adversarial:
         batch = 8 if CUDA else 1
-    run = begin_run(batch)
+    args = settings(batch)
 
-    net = ae.SDVAE() if adversarial else ae.VMAE(size)
+    net = ae.SDVAE() if adversarial else ae.VMAE(image_size=size)
     disc = ae.Discriminator() if adversarial else None
     lpips = perceptual = None
     if "LPIPS" in name:
@@ -296,41 +341,65 @@ def autoencoder_training(name):
         def perceptual(x_hat, x):
             return lpips(x_hat, x).mean()
 
-    flops = train_ae.training_flops(net, size, lpips, disc)
+    flops = autoencoder_training_flops(net, size, lpips, disc)
 
-    optimizers = [train_ae.make_optimizer(net.to(run.device), run.args)]
+    optimizers = [train_ae.make_optimizer(net.to(DEVICE), args)]
     if adversarial:
-        optimizers.append(train_ae.make_optimizer(disc.to(run.device), run.args))
+        optimizers.append(train_ae.make_optimizer(disc.to(DEVICE), args))
     if lpips is not None:
-        lpips.to(run.device, memory_format=torch.channels_last)
-    if run.compiled:
+        lpips.to(DEVICE, memory_format=torch.channels_last)
+    if args.compile:
         train_ae.compile_for_training(net, adversarial)
-    x = torch.randn(batch, 3, size, size, device=run.device).clamp(-1, 1)
+    x = torch.randn(batch, 3, size, size, device=DEVICE).clamp(-1, 1)
+    skipped = []
 
     def step(perceptual=perceptual):
         """A step as in train_ae.train."""
-        draws = net.randomness(batch, size, run.generator(run.done))
-        with run.autocast():
-            loss, terms, x_hat = net(x, perceptual=perceptual, **draws)
+        draws = net.randomness(batch, size, sample.generator(DEVICE, sample.STEP, 0, len(skipped)))
+        with autocast(args):
+            loss, _, x_hat = net(x, perceptual=perceptual, **draws)
             if adversarial:
                 last_layer = net.decoder.conv_out.weight
-                adv, loss_d, adv_terms = ae.adversarial_losses(disc, x, x_hat, loss, last_layer)
-                loss = loss + adv
-                terms |= adv_terms
+                adv_loss, loss_d, _ = ae.adversarial_losses(disc, x, x_hat, loss, last_layer)
+                loss = loss + adv_loss
         loss.backward()
         if adversarial:
             loss_d.backward()
-        terms = {"loss": loss.detach(), **terms}
-        run.update(optimizers, run.learning_rate(run.done), terms)
-        end_step(run)
+        norms = [clip_grad_norm_(net.parameters(), args.grad_clip)]
+        if adversarial:
+            norms.append(clip_grad_norm_(disc.parameters(), args.grad_clip))
+        skip = 1 - torch.stack(norms).isfinite().all().float()
+        for optimizer in optimizers:
+            train_ae.update(optimizer, LR, skip)
+        skipped.append(skip)
 
     peer = None
     if lpips is not None and not adversarial:
         peer = ("without LPIPS", functools.partial(step, None))
-    return training(run, step, flops, peer)
+    return training(args, step, skipped, flops, peer)
 
 
-RECIPES = {f"the paper's recipe, {name}": name for name in [*train_ae.PAPER, "dit"]}
+def autoencoder_training_flops(net, size, lpips=None, disc=None):
+    """FLOPs of forward and backward pass of all that trains or judges one image."""
+    net, lpips, disc = (copy.deepcopy(part) for part in (net, lpips, disc))
+    for part in (net, lpips, disc):
+        if part is not None:
+            part.to("meta")  # where nothing is computed
+
+    def forward_and_backward():
+        x = torch.zeros(1, 3, size, size, device="meta")
+        loss, _, x_hat = net(x, perceptual=lpips)
+        if disc is not None:
+            last_layer = net.decoder.conv_out.weight
+            adv_loss, loss_d, _ = ae.adversarial_losses(disc, x, x_hat, loss, last_layer)
+            loss_d.backward()
+            loss = loss + adv_loss
+        loss.sum().backward()
+
+    return count_flops(forward_and_backward)
+
+
+RECIPES = {f"the paper's recipe, {name}": name for name in [*train_ae.RECIPES, "dit"]}
 
 
 @rows(*RECIPES)
@@ -341,14 +410,14 @@ def paper_recipe(name):
     gradients that accumulate, of the pictures at the end.
     """
     model = RECIPES[name]
-    trainer, recipe = train_ae, train_ae.PAPER.get(model)
+    trainer, recipe = train_ae, train_ae.RECIPES.get(model)
     flags = ["--model", model]
     if model == "sdvae":
         flags += ["--disc_start", "1"]
     if model == "tune":
         flags = ["--tune_decoder", "--init", random_vmae()]
     if model == "dit":
-        trainer, recipe = train_dit, train_dit.PAPER
+        trainer, recipe = train_dit, train_dit.RECIPE
         flags = ["--ae", random_vmae(), "--sample_steps", "2"]
 
     # Two classes of one image each; only their number matters.
@@ -359,14 +428,15 @@ def paper_recipe(name):
 
     def noise(dataset, keys, workers, device):
         """In place of train_ae.load_batches, so that no GPU waits for images."""
-        size = recipe["image_size"]
+        size = recipe.get("image_size", 256)  # a DiT takes its autoencoder's
         for some in keys:
             labels = torch.zeros(len(some), dtype=torch.long, device=device)
-            yield torch.rand(len(some), 3, size, size, device=device) * 2 - 1, labels
+            x = torch.rand(len(some), 3, size, size, device=device) * 2 - 1
+            yield x, labels, torch.zeros(len(some), device=device)
 
     def step_seconds():
         """Of the last step; the first one compiles."""
-        train_ae.load_batches = train_dit.load_batches = noise
+        train_ae.load_batches = noise
         ae.lpips_vgg = random_lpips
         words = [*flags, "--data", data, "--out", out, "--steps", 3, "--log_every", 1]
         sys.argv = [trainer.__name__ + ".py", *map(str, words)]
@@ -391,7 +461,7 @@ def paper_recipe(name):
 def random_vmae():
     """The path of a checkpoint of the paper's VMAE, at 256 pixels, with random weights."""
     path, state = folder() / "vmae.pt", ae.VMAE().state_dict()
-    torch.save({"kind": "autoencoder", "name": "vmae", "config": {}, "model": state}, path)
+    torch.save({"model": state, "args": {"model": "vmae"}}, path)
     return path
 
 
@@ -509,7 +579,7 @@ def image_loading(name):
 
     # The same crops, by the seeds of train_ae.augment. Flips are up to the keys, here without.
     def crop_of(i):
-        torch.manual_seed(train_ae.seed_of(0, 0, i))
+        torch.manual_seed(sample.seed_of(sample.CROP, 0, 0, i))
         return (cropped[i][0] * 255).round()
 
     pixels, _, _ = batches[[(i, 0, False) for i in range(n)]]
@@ -580,7 +650,7 @@ def inception(name):
         "ours": lambda: net(x),
         "peer": peer,
         "per": (batch, "images/s"),
-        "flops": (batch * train_ae.count_flops(lambda: net(x[:1])), "float32"),
+        "flops": (batch * count_flops(lambda: net(x[:1])), "float32"),
         "note": f"batch {batch}",
     }
 
@@ -730,7 +800,7 @@ def demo(name):
 
 def run_row(name, rounds):
     """Run a row in this process; returns its lines, or the rate of products."""
-    ae.choose_device(None)  # TF32 in place of float32 on a GPU, as in the scripts
+    sample.join_processes(None)  # TF32 in place of float32 on a GPU, as in the scripts
     torch.manual_seed(0)
     if name.startswith("products "):
         return products(name.split()[1])
@@ -783,6 +853,10 @@ def print_line(line, rates):
         line["share"] = line["flops"] / (rates[kind] or math.nan)
         cells[4] = f"{line['flops'] / 1e12:.3g}"
         cells[5] = f"{line['share']:.0%} of {kind}"
+        peak = peak_of(torch.cuda.get_device_name()) if CUDA and kind == "bfloat16" else None
+        if peak:
+            line["mfu"] = line["flops"] / peak
+            cells[5] += f", MFU {line['mfu']:.0%}"
     if "peak_bytes" in line:
         cells[6] = f"{line['peak_bytes'] / 2**30:.2f} GiB"
     if "memory_goal" in line:
@@ -796,7 +870,7 @@ def parse_args():
     add = parser.add_argument
     add("--json", help="write the table there, too")
     add("--only", nargs="+", default=[""], help="rows whose names hold one of these words")
-    add("--rounds", type=ae.at_least(1), default=5, help="of each row (default: 5)")
+    add("--rounds", type=sample.number(int, 1), default=5, help="of each row (default: 5)")
     add("--demo", action="store_true", help="add the demo's four commands, which take minutes")
     kinds = [f"products {kind}" for kind in ("bfloat16", "TF32", "float32", "float64")]
     add("--row", choices=[*ROWS, *kinds], metavar="NAME", help="one row, in this process")

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import ae
+
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"  # see its README.md
 
@@ -68,20 +70,19 @@ def words(*flags):
 
 def run(module, *flags):
     """Run a script in this process: run(train_ae, "--out", tmp_path, "--batch 8 --steps 1")."""
-    argv, sys.argv = sys.argv, [module.__name__ + ".py", *words(*flags)]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *words(*flags)])
         module.main()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def fails(module, *flags):
     """Run a script that has to stop with one sentence, and return that sentence."""
-    with pytest.raises(SystemExit) as stop:
-        run(module, *flags)
+    # What main raises becomes a sentence as in the last line of each script
+    errors = [module.fid.UserError] if hasattr(module, "fid") else []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *words(*flags)])
+        ae.run_main(module.main, *errors)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which run_main may have ended
     # SystemExit with a string prints it and exits with status 1
     message = stop.value.code
     assert isinstance(message, str), f"it ended with {message!r}, not with a sentence"

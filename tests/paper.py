@@ -108,18 +108,15 @@ def main():
     threads = torch.get_num_threads()
     # Scripts beside each other do not share threads, and results do not depend on the machine's.
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     budget = SMOKE if args.smoke else BUDGET
     if args.seconds is not None:
         budget = budget | dict(seconds=args.seconds)
     try:
         compare(args, budget)
-    except ae.UserError as error:
-        ae.exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
     finally:
         torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def parse_args():
@@ -127,17 +124,18 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--out", default="out/paper", type=Path, help="folder for all results")
-    add("--jobs", default=2, type=ae.at_least(1), help="scripts at a time, of one thread each")
+    number = sample.number
+    add("--jobs", default=2, type=number(int, 1), help="scripts at a time, of one thread each")
     add(
         "--seconds",
-        type=ae.at_least(0.01),
+        type=number(float, 0.01),
         help="of training for each autoencoder (default: 60); another number needs its own --out",
     )
-    add("--seeds", default=3, type=ae.at_least(1), help="runs of each autoencoder (default: 3)")
+    add("--seeds", default=3, type=number(int, 1), help="runs of each autoencoder (default: 3)")
     add(
         "--minutes",
         default=60.0,
-        type=ae.at_least(0.0),
+        type=number(float, 0),
         help="start nothing new after (default: 60)",
     )
     add("--smoke", action="store_true", help="a few steps of small models, to see that it runs")
@@ -147,7 +145,7 @@ def parse_args():
 def compare(args, budget):
     """All of it, or what is left of it."""
     started, out = time.time(), args.out
-    claim(out, budget)
+    sample.claim(out, recipes(budget))
     if not (out / "classifier.pt").exists():
         print("training the classifier", flush=True)
         net = train_classifier(budget["classifier_epochs"])
@@ -179,23 +177,19 @@ def compare(args, budget):
     print(f"wrote {out}/tables.md and {out}/pictures.png")
 
 
-def claim(out, budget):
-    """Make --out, or check that what it holds was made with the same recipes."""
-    ae.make_folder(out)
-    settings = {"budget": budget, "autoencoders": train_ae.DEMO, "dit": train_dit.DEMO}
-    # Infinities and Nones become what they are after reading, and machines may differ in workers.
-    settings = json.loads(json.dumps(settings))
-    for recipe in (*settings["autoencoders"].values(), settings["dit"]):
-        recipe.pop("workers")
-    if remembered(out / "settings.json", lambda: settings) != settings:
-        raise ae.UserError(f"{out} was made with other recipes: finish with those, or use an --out")
+def recipes(budget):
+    """All that decides the results; those in --out must have been made with the same."""
+    autoencoders = {name: train_ae.RECIPES[name] | demo for name, demo in train_ae.DEMO.items()}
+    dit = train_dit.RECIPE | train_dit.DEMO
+    # As it is after reading
+    return json.loads(json.dumps(budget | {"autoencoders": autoencoders, "dit": dit}))
 
 
 def remembered(path, compute):
     """What the JSON file holds; the first time, it is computed and written."""
     if not path.exists():
         value = compute()
-        ae.make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with ae.whole_file(path) as file:
             file.write(json.dumps(value, indent=1).encode())
     return json.loads(path.read_text())
@@ -290,12 +284,8 @@ def workers(number):
         yield as_they_end
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
-        # A training script saves and ends after its step. Its process may have another piece
-        # already, so it is told again until it has ended.
-        while children := multiprocessing.active_children():
-            for process in children:
-                process.terminate()
-            time.sleep(0.1)
+        for process in multiprocessing.active_children():
+            process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -328,40 +318,37 @@ def train_autoencoder(piece, folder, budget):
     flags += ["--steps", steps, "--warmup", warmup, "--base_lr", factor * recipe["base_lr"]]
     if model == "sdvae":
         flags += ["--disc_start", 1 + round(budget["disc_start"] * steps)]
-    path = train(train_ae, folder / "ae", steps, flags)
+    path = train(train_ae, folder / "ae", flags)
     if tuning:
         rate = factor * train_ae.DEMO["tune"]["base_lr"]
         flags = ["--tune_decoder", "--init", path, "--seed", piece["seed"]]
         flags += ["--steps", tuning, "--base_lr", rate]
-        path = train(train_ae, folder / "tuned", tuning, flags)
+        path = train(train_ae, folder / "tuned", flags)
     return path
 
 
 def generate(path, seed, folder, budget):
     """Train the DiT on an autoencoder's latents -> images uint8 (N, H, W, 3), classes (N,)."""
-    steps = budget["dit_steps"]
-    flags = ["--ae", path, "--steps", steps, "--seed", seed, "--ckpt_every", steps]
+    flags = ["--ae", path, "--steps", budget["dit_steps"], "--seed", seed]
     flags += ["--sample_steps", budget["sample_steps"]]
-    dit_path = train(train_dit, folder / "dit", steps, flags)
-    flags = ["--ckpt", dit_path, "--num", budget["samples"], "--seed", seed, "--batch", 250]
-    call(sample, flags, folder / "dit")
-    with np.load(folder / "dit" / "samples.npz") as samples:
+    dit_path = train(train_dit, folder / "dit", flags)
+    archive = folder / "dit" / "samples.npz"
+    if not archive.exists():
+        flags = ["--ckpt", dit_path, "--seed", seed, "--batch", 250]
+        call(sample, [*flags, "--num", budget["samples"], "--npz"], folder / "dit")
+    with np.load(archive) as samples:
         return samples["arr_0"], samples["arr_1"]
 
 
-def train(script, folder, steps, flags):
+def train(script, folder, flags):
     """Run a training script to its end, or what is left of it; returns the checkpoint's path."""
-    path = folder / "ckpt.pt"
-    resume = ["--resume"] if list(folder.glob("ckpt*.pt")) else []
-    call(script, [*flags, "--device", "cpu", *resume], folder)
-    if log_of(folder)[-1]["step"] < steps:
-        raise KeyboardInterrupt  # a signal has ended the script
-    return path
+    call(script, [*flags, "--device", "cpu", "--resume"], folder)
+    return folder / "ckpt.pt"
 
 
 def call(script, flags, folder):
     """Run a script in this process; what it prints goes to log.txt in the folder."""
-    ae.make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags), "--out", str(folder)]
     try:
         with (
@@ -408,12 +395,8 @@ def timed(model, part, out, budget, *flags):
     # The tuning takes the sizes of its --init.
     sizes = [] if "--init" in flags else budget["flags"].get(model, "").split()
     every = max(1, steps // 10)
-    train(
-        train_ae,
-        folder,
-        steps,
-        ["--model", model, *sizes, *flags, "--steps", steps, "--log_every", every],
-    )
+    flags = ["--model", model, *sizes, *flags, "--steps", steps, "--log_every", every]
+    train(train_ae, folder, flags)
     batch = ae.read_checkpoint(folder / "ckpt.pt")["args"]["batch"]
     return batch / statistics.median(line["images_per_s"] for line in log_of(folder)[1:])
 
@@ -528,19 +511,22 @@ def judge_reconstructions(autoencoder, net):
     "rFD at eps" are those of decodings with noise on the latents.
     """
     images = train_ae.Images(held_out=True)
-    args = types.SimpleNamespace(micro_batch=50, workers=0, seed=0, adm_crop=0)
-    judge = train_ae.Judge("", autoencoder, autoencoder.image_size, images, args, "cpu")
+    args = types.SimpleNamespace(micro_batch=50, workers=0, seed=0)
+    crop = functools.partial(train_ae.crop_for_judging, autoencoder.image_size)
+    batches = functools.partial(train_ae.batches_to_judge, args, images, crop, "cpu")
     originals, decoded = [], []
 
     def keep_features(x_hat, x):
         """Stands where LPIPS does, which sees each batch once for each eps."""
         for kept, pixels in ((originals, x), (decoded, x_hat)):
-            kept.append(net.features(grey(torch.from_numpy(ae.to_uint8(pixels)))))
+            kept.append(net.features(grey(torch.from_numpy(sample.to_uint8(pixels)))))
         return torch.zeros(len(x))
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        std, _ = judge.latents({})
-        quality = judge.reconstructions(std, keep_features, None)
+        std, _ = train_ae.latents(autoencoder, batches("latents"), None)
+        quality = train_ae.reconstructions(
+            args, autoencoder, batches("reconstructions"), std, keep_features, None
+        )
     number = len(train_ae.EPS)
     real = torch.cat(originals[::number])
     distances = [distance(real, torch.cat(decoded[k::number])) for k in range(number)]
@@ -675,13 +661,13 @@ def draw_pictures(out, path):
             continue
         tuned = folder / "tuned" / "ckpt.pt"
         autoencoder = ae.load(tuned if tuned.exists() else folder / "ae" / "ckpt.pt")
-        decoded = ae.to_uint8(autoencoder.decode(autoencoder.encode(x).mode()))
+        decoded = sample.to_uint8(autoencoder.decode(autoencoder.encode(x).mode()))
         with np.load(folder / "dit" / "samples.npz") as samples:
             first = [np.flatnonzero(samples["arr_1"] == c)[0] for c in range(10)]
             rows.append(np.concatenate([decoded, samples["arr_0"][first]]))
         labels.append(name)
-    ae.save_grid(path, rows, labels)
+    sample.save_grid(path, rows, labels)
 
 
 if __name__ == "__main__":
-    main()
+    ae.run_main(main)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import ae
 import dit
+import sample
 
 SMALL = {"image_size": 64, "hidden_size": 96, "depth": 2, "decoder_depth": 3, "num_heads": 4}
 CONV = {"channels": (32, 64, 64, 64)}
@@ -72,18 +73,55 @@ def test_sdvae_encodes_and_decodes_as_diffusers_stored_results():
     close(model.decode(posterior.mode()), expected["recon"])
 
 
-def test_sdvae_equals_diffusers_where_installed(tmp_path):
+OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def with_older_names(state):
+    """The names that older files of diffusers have for the maps of attention."""
+    for new, old in OLDER.items():
+        state = {
+            k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in state.items()
+        }
+    return state
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("latent_dim, quant", [(16, False), (4, True)])
+def test_sdvae_equals_diffusers_where_installed(tmp_path, latent_dim, quant, older):
     diffusers = pytest.importorskip("diffusers", reason="the peer diffusers is not installed")
     blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
-    sizes = {"layers_per_block": 2, "latent_channels": 16}
-    without = {"use_quant_conv": False, "use_post_quant_conv": False}
-    theirs = diffusers.AutoencoderKL(3, 3, *blocks, CONV["channels"], **sizes, **without).eval()
-    torch.save(theirs.state_dict(), tmp_path / "vae.pt")
+    sizes = {"layers_per_block": 2, "latent_channels": latent_dim}
+    sizes |= {"use_quant_conv": quant, "use_post_quant_conv": quant}
+    theirs = diffusers.AutoencoderKL(3, 3, *blocks, CONV["channels"], **sizes).eval()
+    state = with_older_names(theirs.state_dict()) if older else theirs.state_dict()
+    torch.save(state, tmp_path / "vae.pt")
     ours, x = ae.load(tmp_path / "vae.pt"), normal(1, 1, 3, 64, 64)
     with torch.no_grad():
         close(ours.encode(x).mean, theirs.encode(x).latent_dist.mean.numpy())
-        z = normal(2, 1, 16, 8, 8)
+        z = normal(2, 1, latent_dim, 8, 8)
         close(ours.decode(z), theirs.decode(z).sample.numpy())
+
+
+def test_stable_diffusion_1_s_vae_has_1x1_convolutions_around_the_latent(tmp_path):
+    plain = ae.SDVAE(channels=(32, 64), latent_dim=4)
+    state = plain.state_dict()
+    maps = {"quant_conv": normal(1, 8, 8, 1, 1), "post_quant_conv": normal(2, 4, 4, 1, 1)}
+    biases = {"quant_conv": normal(3, 8), "post_quant_conv": normal(4, 4)}
+    for name, weight in maps.items():
+        state |= {f"{name}.weight": weight, f"{name}.bias": biases[name]}
+    torch.save(with_older_names(state), tmp_path / "vae.pt")
+    loaded, x, z = ae.load(tmp_path / "vae.pt"), normal(5, 2, 3, 16, 16), normal(6, 2, 4, 8, 8)
+    moments = torch.cat([plain.encode(x).mean, plain.encode(x).logvar], 1)
+    moments = torch.einsum("ij,bjhw->bihw", maps["quant_conv"][..., 0, 0], moments)
+    moments = moments + biases["quant_conv"].view(-1, 1, 1)
+    close(loaded.encode(x).mean, moments[:, :4].detach().numpy())
+    # The decoder pads after the map: at the border its bias is missing
+    inside = torch.einsum("ij,bjhw->bihw", maps["post_quant_conv"][..., 0, 0], z)
+    inside = inside + biases["post_quant_conv"].view(-1, 1, 1)
+    close(loaded.decode(z), plain.decode(inside).detach().numpy())
+    # What a DiT's checkpoint carries of it is the same autoencoder
+    again = ae.from_checkpoint({"model": loaded.state_dict(), "args": loaded.args})
+    assert torch.equal(again.decode(z), loaded.decode(z))
 
 
 def test_adversarial_losses_are_vqgan_s():
@@ -339,16 +377,81 @@ def test_the_release_s_vmae_loads_with_its_namespace_and_without_mask_token(tmp_
 
 
 def test_a_loaded_autoencoder_saves_and_loads_again(tmp_path):
-    for name, config in (("mae", SMALL), ("dae", {**CONV, "noise_std": 0.3})):
-        model = ae.MODELS[name](**config)
+    for name, config in (("mae", SMALL), ("dae", {**CONV, "noise_std": 0.3}), ("vmae", SMALL)):
+        args = {"model": name, **config, "lpips": 0.25, "batch": 8}
+        model = ae.build(args)
         state = model.state_dict()
-        ckpt = {"kind": "autoencoder", "name": name, "config": config, "model": state}
-        torch.save(ckpt, tmp_path / "a.pt")
+        torch.save({"model": state, "args": args}, tmp_path / "a.pt")
         first = ae.load(tmp_path / "a.pt")
-        second = ae.from_checkpoint({**first.recipe, "model": first.state_dict()})
-        assert type(second) is type(model)
+        second = ae.from_checkpoint({"args": first.args, "model": first.state_dict()})
+        assert type(second) is type(model) and second.weights == model.weights
+        assert second.weights["lpips"] == 0.25
+        assert getattr(second, "noise_std", None) == config.get("noise_std")
         for ours, original in zip(second.state_dict().values(), state.values()):
             assert torch.equal(ours, original)
+
+
+def test_settings_are_the_constructor_s_arguments_and_the_weights_of_terms():
+    assert ae.settings_of(ae.AE) == {
+        "channels": (128, 256, 512, 512),
+        "latent_dim": 16,
+        "recon": "mse",
+        "image_size": None,
+        "quant_conv": 0,
+        "lpips": 0.0,
+    }
+    assert ae.settings_of(ae.DAE) == ae.settings_of(ae.AE) | {"noise_std": 0.1}
+    changed = {"recon": "l1", "kl": 5e-9, "lpips": 1.0}
+    assert ae.settings_of(ae.SDVAE) == ae.settings_of(ae.AE) | changed
+    added = {"prior_std": 1.0, "visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
+    assert ae.settings_of(ae.VMAE) == ae.settings_of(ae.MAE) | added
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_ddp_and_compile_are_dropped_in_any_order(tmp_path, prefix):
+    model = ae.VMAE(**SMALL)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({"model": state, "args": {"model": "vmae", **SMALL}}, tmp_path / "a.pt")
+    loaded = ae.load(tmp_path / "a.pt").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name, width, heads, guess",
+    [
+        (None, 192, 12, False),
+        (None, 96, 12, True),
+        ("mae_for_ldmae_f8d16_prev", 192, 12, False),
+        ("mae_for_ldmae_f8d16_prev_large", 192, 16, False),
+        ("ldmae_mode_small", 96, 8, False),
+    ],
+)
+def test_the_heads_of_a_release_s_vmae_follow_its_name(tmp_path, capsys, name, width, heads, guess):
+    model = ae.VMAE(image_size=64, hidden_size=width, depth=1, decoder_depth=1, num_heads=heads)
+    namespace = argparse.Namespace(**({"model": name} if name else {}))
+    torch.save({"model": model.state_dict(), "args": namespace}, tmp_path / "release.pth")
+    loaded = ae.load(tmp_path / "release.pth")
+    assert loaded.args["num_heads"] == heads
+    x = normal(0, 1, 3, 64, 64)
+    assert torch.equal(loaded.encode(x).mean, model.encode(x).mean)
+    assert ("is a guess" in capsys.readouterr().out) == guess
+
+
+def test_the_encoder_s_tensors_are_those_that_encode_reads():
+    x = normal(0, 1, 3, 64, 64)
+    for model in (ae.VMAE(**SMALL), ae.SDVAE(**CONV)):
+        before = model.encode(x).mean
+        encoder = model.encoder_state()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name not in encoder:
+                    parameter.add_(1.0)
+        assert torch.equal(model.encode(x).mean, before)
+        read = [p for name, p in model.named_parameters() if name in encoder and p.requires_grad]
+        loss = model.encode(x).mean.square().sum() + model.encode(x).logvar.square().sum()
+        assert all(grad.any() for grad in torch.autograd.grad(loss, read))
 
 
 class Evil:
@@ -369,8 +472,8 @@ class Evil:
         (saved(torch.zeros(3)), "holds a Tensor"),
         (saved({"weight": torch.zeros(3)}), "no autoencoder"),
         (saved({"model": {"x_embedder.proj.weight": torch.zeros(1)}}), "holds a DiT"),
-        (saved({"kind": "autoencoder", "name": "ae", "config": CONV, "model": {}}), "does not fit"),
-        (saved({"kind": "autoencoder"}), "does not fit"),
+        (saved({"args": {"model": "ae", **CONV}, "model": {}}), "does not fit"),
+        (saved({"args": {"model": "gan"}, "model": {}}), "does not fit"),
         (saved({"model": "resnet50"}), "autoencoder"),
         (saved({1: torch.zeros(1)}), "autoencoder"),
     ],
@@ -410,12 +513,20 @@ def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
     x = torch.tensor([-2, -1, -0.999, 0, 0.5, 0.9999, 1, 3]).view(1, 1, 1, 8).expand(1, 3, 1, 8)
     expected = np.floor(np.clip(127.5 * x[0, 0, 0].numpy() + 128, 0, 255)).astype(np.uint8)
     assert expected.tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
-    assert ae.to_uint8(x)[0, 0, :, 0].tolist() == expected.tolist()
+    assert sample.to_uint8(x)[0, 0, :, 0].tolist() == expected.tolist()
 
     # Every value survives the way into the network's range and back
     values = np.arange(256, dtype=np.uint8)
     image = (torch.from_numpy(values).float() / 127.5 - 1).view(1, 1, 1, -1).expand(1, 3, 1, -1)
-    assert np.array_equal(ae.to_uint8(image)[0, 0, :, 0], values)
+    assert np.array_equal(sample.to_uint8(image)[0, 0, :, 0], values)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_an_error_and_no_black_picture(value):
+    x = torch.zeros(2, 3, 4, 4)
+    x[1, 2, 3, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        sample.to_uint8(x)
 
 
 @pytest.mark.parametrize("side", [32, 256])
@@ -425,7 +536,7 @@ def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
 )
 def test_captions_of_any_length_stay_beside_their_row(tmp_path, side, label):
     rows = np.full((3, 2, side, side, 3), 200, np.uint8)
-    ae.save_grid(tmp_path / "grid.png", rows, ["", label, ""])
+    sample.save_grid(tmp_path / "grid.png", rows, ["", label, ""])
     picture = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     shown = max(side, 64) + 2  # pixels of an image and the gap behind it
     margin = picture[:, : -2 * shown]
@@ -457,11 +568,7 @@ def test_a_safetensors_file_is_read(tmp_path):
             ae.load(path)
 
 
-def test_a_folder_where_a_checkpoint_belongs_is_told_apart(tmp_path):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "source.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"latent cache.*train_dit\.py --cache"):
-        ae.load(tmp_path / "cache")
+def test_a_folder_where_a_checkpoint_belongs_leads_to_the_file_inside(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"ckpt\.pt"):
         ae.load(tmp_path)

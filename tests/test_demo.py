@@ -27,7 +27,7 @@ def test_the_bundled_digits_are_500_of_each_and_50_of_each_are_held_out():
 @pytest.mark.parametrize("model", ["ae", "dae", "vae", "sdvae", "mae"])
 def test_each_of_the_other_autoencoders_learns_in_the_demo(tmp_path, model):
     sizes = TINY_VIT if model == "mae" else "--channels 32 32 32"
-    flags = "--steps 40 --batch 8 --lr 1e-3 --warmup 0.01 --log_every 1"
+    flags = "--steps 40 --batch 8 --base_lr 0.032 --warmup 0.01 --log_every 1"
     run(train_ae, "--out", tmp_path, f"--model {model} {sizes} {flags}")
     losses = [line.get("recon", line.get("masked")) for line in log_of(tmp_path)]
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
@@ -37,7 +37,7 @@ def test_each_of_the_other_autoencoders_learns_in_the_demo(tmp_path, model):
 @pytest.mark.slow
 def test_the_demo_draws_digits_of_the_class_asked_for_varied_and_not_copied(tmp_path):
     commands = ("train_ae.py", "train_ae.py --tune_decoder", "train_dit.py", "sample.py")
-    for line in (*commands, "sample.py --num 2000"):
+    for line in (*commands, "sample.py --num 2000 --npz"):
         script, *flags = line.split()
         command = [sys.executable, ROOT / script, *flags]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

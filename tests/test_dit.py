@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import close, fill, keys_of, normal, reference, saved, shapes, written
 
@@ -180,6 +181,19 @@ def test_250_steps_are_250_evaluations_on_the_shifted_grid_and_end_at_the_data()
     assert np.allclose([t for _, t, _ in model.calls], 0.3 * grid / (1 - 0.7 * grid))
 
 
+def test_guided_velocity_is_its_formula_for_every_scale_and_sampling_guides_above_1_alone(model):
+    x, y = normal(0, 2, 16, 8, 8), torch.tensor([1, 2])
+    conditional = model(x, torch.full((2,), 0.5), y)
+    unconditional = model(x, torch.full((2,), 0.5), torch.tensor([10, 10]))
+    for scale in (0.0, 0.5, 1.0):
+        v = dit.guided_velocity(model, x, 0.5, y, scale, 16)
+        torch.testing.assert_close(v, unconditional + scale * (conditional - unconditional))
+    for scale in (0.0, 0.5, 1.0):
+        recorder = Recorder(normal(0, 1, 4, 2, 2))
+        dit.sample(recorder, normal(1, 1, 4, 2, 2), torch.tensor([3]), 5, scale)
+        assert [(size, y) for size, _, y in recorder.calls] == 5 * [(1, [3])]
+
+
 def test_below_cfg_start_the_unconditional_half_is_not_computed():
     model = Recorder(normal(0, 1, 4, 2, 2))
     dit.sample(model, normal(1, 2, 4, 2, 2), torch.tensor([3, 4]), 250, 10.0, 3, 0.1, 0.3)
@@ -211,12 +225,43 @@ def test_a_lightningdit_checkpoint_loads_its_ema_weights(tmp_path, classes, qk_n
     ckpt = {"model": weights, "ema": ema.state_dict(), "opt": {}, "config": {}}
     torch.save(ckpt, tmp_path / "lightning.pt")
     loaded, info = dit.load(tmp_path / "lightning.pt")
-    assert not loaded.training and "ae" not in info
+    assert not loaded.training and "autoencoder" not in info
     x, t, y = normal(0, 2, 16, 8, 8), torch.tensor([0.1, 0.8]), torch.zeros(2, dtype=torch.long)
     assert torch.equal(loaded(x, t, y), ema(x, t, y))
 
 
-DIT_S = {"name": "DiT-S/1", "input_size": 4}
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_a_file_of_weights_alone_is_a_dit_too(tmp_path, prefix, suffix):
+    model = fill(dit.DiT(8, 1, 16, 96, 3, 4, 10), 1)
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    path = tmp_path / f"dit{suffix}"
+    if suffix == ".pt":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    loaded, _ = dit.load(path)
+    assert loaded.num_classes == 10 and loaded.class_dropout_prob > 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "config, dropout, classes",
+    [({"data": {"num_classes": 5}}, 0.0, 5), ({"data": {"num_classes": 4}}, 0.1, 4), ({}, 0.0, 4)],
+)
+def test_the_config_of_a_lightningdit_file_says_whether_the_last_row_is_the_null_class(
+    tmp_path, config, dropout, classes
+):
+    rows = 5 if dropout == 0 else 4
+    model = dit.DiT(4, 1, 16, 32, 1, 2, rows, class_dropout_prob=dropout)
+    torch.save({"ema": model.state_dict(), "config": config}, tmp_path / "dit.pt")
+    loaded, _ = dit.load(tmp_path / "dit.pt")
+    assert loaded.num_classes == classes
+    # Without a config the last of five rows is taken for the null class
+    assert (loaded.class_dropout_prob > 0) == (classes == 4)
+
+
 NARROW = {"x_embedder.proj.weight": torch.zeros(1)}
 OTHER = {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}
 
@@ -228,8 +273,7 @@ OTHER = {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}
         (written(b"hello, I am a text file"), "is no checkpoint"),
         (saved([1, 2]), "holds a list, not a checkpoint"),
         (saved({"model": {"patch_embed.proj.weight": torch.zeros(1)}}), "train_dit.py --ae"),
-        (saved({"kind": "dit", "ema": NARROW, "dit_config": DIT_S}), "does not fit"),
-        (saved({"kind": "dit", "ema": NARROW}), "does not fit"),
+        (saved({"ema": NARROW, "args": {}, "class_names": ["a"]}), "does not fit"),
         (saved({"model": OTHER}), "does not fit"),
     ],
 )

@@ -8,22 +8,29 @@ which is told apart from the CPU in the same way.
 """
 
 import argparse
-import math
 
 import pytest
 import torch
 import torch.nn as nn
+from conftest import run, tiny
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    unset_fake_temporarily,
+)
 from torch.torch_version import TorchVersion
 
 import ae
 import dit
+import sample
 import train_ae
 import train_dit
 
 # Without a driver PyTorch 2.4 and 2.8 abort in forward passes on a fake "cuda"; 2.14 does not.
 CUDA = "cuda" if TorchVersion(torch.__version__) >= (2, 14) else "meta"
+# Raised where a value would be read.
+WAITS = DataDependentOutputException, DynamicOutputShapeException
 SIZE, BATCH = 32, 2
 CONV = {"channels": (32, 32), "latent_dim": 4}
 VIT = {"image_size": SIZE, "hidden_size": 32, "depth": 1, "decoder_depth": 1, "num_heads": 2}
@@ -164,49 +171,79 @@ def test_the_discriminator_stays_on_cuda():
 
 def test_tuning_the_decoder_stays_on_the_device():
     for device in (CUDA, "meta"):
-        net = autoencoder("vmae", device, tune_decoder=True)
-        net.requires_grad_(False)
-        net.decoder_blocks.requires_grad_(True)
+        recipe = train_ae.RECIPES["tune"] | VIT | {"init": None}
+        args = argparse.Namespace(model="vmae", tune_decoder=True, **recipe)
+        net = made(device, train_ae.build, args)
+        assert net.deterministic and not net.blocks[0].attn["qkv"].weight.requires_grad
         loss, terms, x_hat = net(images(device), perceptual=perceptual, **draws(net, device))
         all_on(device, loss, *terms.values(), x_hat)
-        assert terms.keys() == {"recon", "lpips"}
+        assert terms.keys() == {"visible", "kl", "lpips"}
     loss.backward()
     all_on("meta", *gradients_of(net))
 
 
-# ---- the optimiser step ----
+# ---- the loop of train_ae.py ----
 
 
 class Optimizer:
     """As much of an optimiser as a step needs; the fused AdamW takes no tensors without values."""
 
-    def __init__(self, module):
-        self.param_groups = [{"params": list(module.parameters())}]
+    def __init__(self, net, args):
+        self.param_groups = [{"params": [p for p in net.parameters() if p.requires_grad]}]
 
     def step(self):
-        self.grads = [p.grad for p in self.param_groups[0]["params"] if p.requires_grad]
+        all_on("meta", self.found_inf, *(p.grad for p in self.param_groups[0]["params"]))
 
     def zero_grad(self):
-        pass
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    def state_dict(self):
+        return {}
 
 
-def test_only_a_step_that_is_logged_waits_for_the_device():
-    net = autoencoder("vmae", "meta")
-    loss, terms, _ = net(images("meta"), **draws(net, "meta"))
-    loss.backward()
-    run = object.__new__(train_ae.Run)
-    run.args = argparse.Namespace(grad_clip=math.inf, log_every=3, steps=100)
-    run.world, run.done, run.rank = 1, 1, 0
-    run.skipped, run.skipped_in_row = (torch.zeros((), device="meta") for _ in range(2))
-    run.skipped_in_row_seen = torch.zeros(())
-    optimizer, totals = Optimizer(net), {"loss": loss.detach(), **terms}
-    taken = run.update([optimizer], 1e-3, totals)
-    all_on("meta", taken, optimizer.found_inf, run.skipped, run.skipped_in_row, *optimizer.grads)
-    assert run.skipped_in_row_seen.device.type == "cpu" and run.done == 2
-    # PyTorch 2.4 says it in other words
-    waits = (DataDependentOutputException, AttributeError)
-    with pytest.raises(waits, match="_local_scalar_dense|unbacked"):
-        run.update([optimizer], 1e-3, totals)  # the third
+class Generator(torch.Generator):
+    """On the CPU, as "meta" has none; what is drawn from it is on "meta"."""
+
+    device = torch.device("meta")
+
+
+def batches(dataset, keys, workers, device):
+    """In place of train_ae.load_batches."""
+    while True:
+        yield images(device), None, torch.zeros(BATCH, device=device)
+
+
+@pytest.mark.parametrize("name", ["vmae", "sdvae"])
+def test_only_a_step_that_is_logged_waits_for_the_device(name, tmp_path, monkeypatch):
+    build, discriminator, log = train_ae.build, ae.Discriminator, train_ae.log
+    logged = []
+
+    def wait(args, done, terms, lr, speed, skipped_in_row):
+        logged.append((done, terms))
+        assert {"loss", "grad_norm", "skipped", "unreadable"} < terms.keys()
+        all_on("meta", skipped_in_row, *(value for values in terms.values() for value in values))
+        # PyTorch 2.4 says it in other words
+        with pytest.raises((*WAITS, AttributeError), match="nonzero|_local_scalar_dense|unbacked"):
+            log(args, done, terms, lr, speed, skipped_in_row)
+
+    monkeypatch.setattr(train_ae, "log", wait)
+    monkeypatch.setattr(sample, "join_processes", lambda device: (0, 1, "meta"))
+    monkeypatch.setattr(train_ae, "generator", lambda *key: Generator("cpu"))
+    # The networks are made where they belong, since fake parameters cannot be moved.
+    monkeypatch.setattr(train_ae, "build", lambda args: made("meta", build, args))
+    monkeypatch.setattr(ae, "Discriminator", lambda: made("meta", discriminator))
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(train_ae, "make_optimizer", Optimizer)
+    monkeypatch.setattr(train_ae, "load_batches", batches)
+    for function in ("preview_images", "save", "save_reconstructions"):
+        monkeypatch.setattr(train_ae, function, lambda *_, **__: None)
+
+    flags = "--dtype float32 --compile 0 --steps 4 --log_every 4 --batch 4 --micro_batch 2"
+    run(train_ae, "--out", tmp_path, tiny(name), flags)
+    first, last = logged
+    assert (first[0], last[0]) == (1, 4) and len(last[1]["loss"]) == 6
+    assert name != "sdvae" or len(last[1]["adaptive"]) == 4
 
 
 # ---- DiT ----
@@ -221,7 +258,7 @@ def tiny_dit(device):
 def flow(net, device, cosine):
     """The loss of a step of train_dit.train, from images that are encoded on the fly."""
     vmae = autoencoder("vmae", device).requires_grad_(False)
-    x1 = train_dit.encode(vmae, 1, images(device)).sample()
+    x1 = ae.Posterior(train_dit.encode(vmae, images(device), 1)).sample()
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
     y = torch.where(torch.rand(BATCH, device=device) < 0.1, net.num_classes, labels)
     noise, t = torch.randn(x1.shape, device=device), torch.randn(BATCH, device=device).sigmoid()

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,25 @@ def net(weights):
     return fid.load_inception(weights)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """In place of the network one that takes no time, for what has nothing to do with it."""
+    random = np.random.RandomState(0)
+    a, b = (torch.from_numpy(random.standard_normal((48, d))).float() for d in (2048, 2023))
+
+    class Quick(torch.nn.Module):
+        def forward(self, x):
+            x = torch.nn.functional.adaptive_avg_pool2d(x / 255, 4).flatten(1)
+            return x @ a, x @ b
+
+        def probs(self, pool):
+            return pool[:, :10].double().softmax(1)
+
+    net = Quick()
+    monkeypatch.setattr(fid, "load_inception", lambda path=None, half_pixel=False: net)
+    return net
+
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     """Two .npz of images, a folder with the same images as the second"""
@@ -95,6 +116,13 @@ def stops(monkeypatch, *args):
     return sentence
 
 
+def raising(error):
+    def evaluate(args):
+        raise error
+
+    return evaluate
+
+
 def metrics(*args, ranks=0):
     """What the command prints, by name. Without ranks it runs in this process: no imports again."""
     args = [*map(str, args), "--device", "cpu", "--batch", "4"]
@@ -105,11 +133,12 @@ def metrics(*args, ranks=0):
     else:
         with (
             pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(io.StringIO()) as stdout,
+            contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())) as stdout,
         ):
             patch.setattr(sys, "argv", ["fid.py", *args])
             fid.main()
-        printed = stdout.getvalue()
+        stdout.flush()
+        printed = stdout.buffer.getvalue().decode()
     pairs = (line.split(": ") for line in printed.splitlines())
     return {name: float(value) for name, value in pairs}
 
@@ -429,14 +458,16 @@ def test_command_equals_the_functions_on_all_images_at_once(result, net, sets):
     assert list(result.values()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_folder_and_a_npz_of_the_same_images_have_the_same_statistics(weights, sets, tmp_path):
+def test_a_folder_and_a_npz_of_the_same_images_have_the_same_features(quick, sets, tmp_path):
     folder, npz = tmp_path / "folder.npz", tmp_path / "npz.npz"
-    assert metrics(sets / "samples", "--save_stats", folder, "--inception", weights) == {}
-    assert metrics(sets / "samples.npz", "--save_stats", npz, "--inception", weights) == {}
+    assert metrics(sets / "samples", "--save_stats", folder) == {}
+    assert metrics(sets / "samples.npz", "--save_stats", npz) == {}
     with np.load(folder) as one, np.load(npz) as two:
-        assert one.files == ["half_pixel", *fid.STATISTICS, "pool"]
+        assert sorted(one.files) == sorted(two.files) == sorted(fid.FEATURES)
         for key in one.files:
-            np.testing.assert_allclose(one[key], two[key], rtol=1e-6, atol=1e-9)
+            # those of a folder are in the order in which the Inception Score takes them
+            rows = np.random.RandomState(0).permutation(9) if key == "pool" else ...
+            np.testing.assert_allclose(one[key][rows], two[key], rtol=1e-6, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +478,7 @@ def statistics_alone(result, sets):
     return sets / "alone.npz"
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_saved_reference_gives_all_metrics_without_the_network(
     result, weights, sets, ranks, monkeypatch
 ):
@@ -467,33 +498,33 @@ def test_a_saved_reference_gives_all_metrics_without_the_network(
 
 
 def test_a_saved_reference_of_a_reference_batch_keeps_both_of_its_parts(
-    weights, sets, statistics_alone, tmp_path
+    quick, sets, statistics_alone, tmp_path
 ):
     """ADM's files have the statistics of all images, and only some of the images."""
     with np.load(statistics_alone) as stored, np.load(sets / "samples.npz") as images:
         np.savez(tmp_path / "batch.npz", **stored, arr_0=images["arr_0"])
-    flags = (sets / "ref.npz", "--inception", weights)
     saved = ("--save_stats", tmp_path / "saved.npz")
-    first = metrics(tmp_path / "batch.npz", *flags, *saved)
-    assert metrics(tmp_path / "saved.npz", *flags) == first
+    first = metrics(tmp_path / "batch.npz", sets / "ref.npz", *saved)
+    assert len(first) == 5
+    assert metrics(tmp_path / "saved.npz", sets / "ref.npz") == first
     with np.load(tmp_path / "saved.npz") as ours, np.load(statistics_alone) as stored:
         assert all(np.array_equal(ours[name], stored[name]) for name in stored)
         # ADM's evaluator reads these names beside arr_0; pytorch-fid the first two of them
+        # The statistics of all images do not say how those were resized, so neither do ours.
         assert {name: x.shape for name, x in ours.items()} == {
-            "half_pixel": (),
             **fid.STATISTICS,
             "pool": (9, 2048),
         }
         # With the images added it serves there, and here as before
         with np.load(tmp_path / "batch.npz") as batch:
             np.savez(tmp_path / "adm.npz", **ours, arr_0=batch["arr_0"])
-    assert metrics(tmp_path / "adm.npz", *flags) == first
+    assert metrics(tmp_path / "adm.npz", sets / "ref.npz") == first
 
 
 def test_a_saved_reference_is_not_mixed_with_images_that_are_resized_otherwise(sets, weights):
     args = (sets / "stats.npz", sets / "samples.npz", "--inception", weights)
-    with pytest.raises(SystemExit, match="it was saved with --half_pixel 0"):
-        metrics(*args, "--half_pixel")
+    with pytest.raises(SystemExit, match="was saved with --half_pixel 0"):
+        metrics(*args, "--half_pixel", 1)
 
 
 def test_statistics_serve_as_reference_without_precision_and_recall(
@@ -502,7 +533,9 @@ def test_statistics_serve_as_reference_without_precision_and_recall(
     again = metrics(statistics_alone, sets / "samples.npz", "--inception", weights)
     assert list(again) == ["Inception Score", "FID", "sFID"]
     assert list(again.values()) == pytest.approx(list(result.values())[:3], rel=1e-6)
-    assert "Precision is left out: it needs 4 images of both." in capsys.readouterr().err
+    assert (
+        "Precision is left out: it needs more than k = 3 images of both." in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("with_features", [False, True])
@@ -517,14 +550,16 @@ def test_what_is_stored_needs_neither_network_nor_images(
     assert "Inception Score is left out: it needs images of SAMPLES." in capsys.readouterr().err
 
 
-def test_stored_statistics_go_before_those_of_the_images(
-    result, weights, sets, statistics_alone, tmp_path
-):
-    with np.load(statistics_alone) as stored, np.load(sets / "samples.npz") as images:
-        np.savez(tmp_path / "both.npz", **stored, arr_0=images["arr_0"])
-    both = metrics(sets / "ref.npz", tmp_path / "both.npz", "--inception", weights)
-    assert both["FID"] < 1e-6 * result["FID"] and both["sFID"] < 1e-6 * result["sFID"]
-    assert both["Precision"] == result["Precision"]
+def test_stored_statistics_go_before_those_of_the_images(quick, sets, tmp_path):
+    """ref.npz itself beside its statistics as they are stored next to the images of samples.npz"""
+    metrics(sets / "ref.npz", "--save_stats", tmp_path / "ref.npz")
+    with np.load(tmp_path / "ref.npz") as stored, np.load(sets / "samples.npz") as images:
+        parts = {name: stored[name] for name in fid.STATISTICS}
+        np.savez(tmp_path / "both.npz", **parts, arr_0=images["arr_0"])
+    apart = metrics(sets / "ref.npz", sets / "samples.npz")
+    both = metrics(sets / "ref.npz", tmp_path / "both.npz")
+    assert both["FID"] < 1e-6 * apart["FID"] and both["sFID"] < 1e-6 * apart["sFID"]
+    assert both["Precision"] == apart["Precision"]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -545,7 +580,7 @@ def test_npz_is_read_alike_stored_or_deflated_whole_or_by_ranks(tmp_path):
                 assert np.array_equal(batch, images[start:stop])
 
 
-def test_folders_are_recursive_sorted_and_rgb(tmp_path):
+def test_folders_are_recursive_sorted_and_rgb(tmp_path, capsys):
     (tmp_path / "b").mkdir()
     Image.new("L", (3, 2), 7).save(tmp_path / "c.PNG")
     Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "b" / "z.bmp")
@@ -553,14 +588,346 @@ def test_folders_are_recursive_sorted_and_rgb(tmp_path):
     opened = fid.open_set(tmp_path)
     (batch,) = opened.batches([(0, 2)], 2)
     assert opened.count == 2
-    # In the order of names, whatever folders they are in
-    assert batch[:, 0, 0].tolist() == [[7, 7, 7], [1, 2, 3]] and batch.shape == (2, 2, 3, 3)
+    assert batch[:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]] and batch.shape == (2, 2, 3, 3)
+    assert capsys.readouterr().err == f"{tmp_path}: 2 images, 1 other files passed over\n"
+
+
+# folders
+
+
+def touch(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"")
+
+
+def test_hidden_names_and_other_files_are_no_images(tmp_path):
+    images = ["ants/1.png", "bees/2.JPG", "bees/deep/3.webp", "bees/x.png/4.tiff", "c.jfif"]
+    hidden = [".ipynb_checkpoints/1.png", "__MACOSX/ants/1.png", "ants/._1.png", "ants/.x/1.png"]
+    others = ["notes.txt", "ants/film.mpg", "ants/paper.PDF", "data.h5", "png"]
+    touch(tmp_path, *images, *hidden, *others)
+    assert fid.list_images(tmp_path) == (images, len(others))
+    assert fid.list_images(str(tmp_path) + "/") == (images, len(others))
+
+
+def test_suffixes_are_pillows_without_documents_videos_and_data(tmp_path):
+    found = [".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"]
+    found += [".tif", ".tiff", ".webp", *({".avif"} & Image.registered_extensions().keys())]
+    passed_over = [".bufr", ".emf", ".eps", ".fit", ".fits", ".grib", ".h5", ".hdf", ".mpeg"]
+    passed_over += [".mpg", ".pdf", ".ps", ".wmf", ".npy", ".mp4"]
+    touch(tmp_path, *("x" + suffix for suffix in found + passed_over))
+    files, others = fid.list_images(tmp_path)
+    assert files == sorted("x" + suffix for suffix in found) and others == len(passed_over)
+
+
+def test_linked_folders_count_unless_they_lead_into_the_set(tmp_path):
+    """Every image once, under the name of its own folder if that is in the set."""
+    touch(tmp_path, "set/ants/1.png", "set/ants/2.png", "bees/3.png", "bees/a/4.png", "no/5.png")
+    touch(tmp_path, "away/wasps/6.png", "away/7.png")
+    for link, target in {
+        "set/bees": tmp_path / "bees",
+        "set/bees_again": tmp_path / "bees" / "a",
+        "set/wasps": Path("..", "away", "wasps"),
+        "set/alias": "ants",
+        "set/ants/up": "..",
+        "set/ants/up_too": "..",
+        "set/ants/self": ".",
+        "set/ants/further": Path("..", ".."),
+        "bees/back": tmp_path / "set",
+        "bees/a/up": "..",
+        "away/wasps/up": "..",
+    }.items():
+        (tmp_path / link).symlink_to(target, target_is_directory=True)
+    (tmp_path / "set" / "linked.png").symlink_to(tmp_path / "no" / "5.png")
+    expected = ["ants/1.png", "ants/2.png", "bees/3.png", "bees/a/4.png", "linked.png"]
+    assert fid.list_images(tmp_path / "set") == ([*expected, "wasps/6.png"], 0)
+    # The set itself may be given as a link.
+    (tmp_path / "link").symlink_to("set", target_is_directory=True)
+    assert fid.list_images(tmp_path / "link") == ([*expected, "wasps/6.png"], 0)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    touch(tmp_path, "ants/1.png", "bees/2.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "bees":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="bees"):
+        fid.list_images(tmp_path)
+
+
+def test_a_folder_without_images_and_no_folder_are_named(tmp_path):
+    touch(tmp_path, "set/notes.txt", "set/.x.png")
+    with pytest.raises(fid.UserError, match="set has no images but 1 other files"):
+        fid.list_images(tmp_path / "set")
+    for name in ("nowhere", "set/notes.txt"):
+        with pytest.raises(FileNotFoundError, match=f"There is no folder .*{name}"):
+            fid.list_images(tmp_path / name)
+
+
+# pictures
+
+
+def read(path):
+    image = fid.read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_a_plain_jpeg_has_pillows_pixels(tmp_path):
+    Image.fromarray(random_images(0, 1, 40)[0]).save(tmp_path / "x.jpg")
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert np.array_equal(read(tmp_path / "x.jpg"), np.asarray(image))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+def test_orientation_is_applied(tmp_path, suffix):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16, 0] = upright[16:, 32:, 1] = 255
+    # what each orientation says about the stored rows and columns
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path, exif=exif, quality=95)
+        found = read(path)
+        assert found.shape == upright.shape
+        assert np.abs(found[4:12, 4:12].astype(int) - (255, 0, 0)).max() < 30
+        assert np.abs(found[20:28, 36:44].astype(int) - (0, 255, 0)).max() < 30
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x05x"])
+def test_unreadable_exif_turns_nothing(tmp_path, exif):
+    Image.new("RGB", (8, 4), (0, 0, 255)).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + exif)
+    assert read(tmp_path / "x.jpg").shape == (4, 8, 3)
+
+
+def test_transparency_is_over_white(tmp_path):
+    def saved(image, name, **how):
+        image.save(tmp_path / name, **how)
+        return read(tmp_path / name)[0].tolist()
+
+    white = [255, 255, 255]
+    # a clear, a half transparent and a full pixel
+    rgba = np.array([[[9, 0, 0, 0], [100, 50, 0, 51], [1, 2, 3, 255]]], np.uint8)
+    expected = [white, [224, 214, 204], [1, 2, 3]]
+    for name in ("rgba.png", "rgba.tif"):
+        assert saved(Image.fromarray(rgba), name) == expected
+    la = np.array([[[9, 0], [100, 51], [7, 255]]], np.uint8)
+    assert saved(Image.fromarray(la, "LA"), "la.png") == [white, [224] * 3, [7] * 3]
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([9, 0, 0, 100, 50, 0, 1, 2, 3])
+    palette.putdata([0, 1, 2])
+    assert saved(palette, "p.gif", transparency=0) == [white, [100, 50, 0], [1, 2, 3]]
+    assert saved(palette, "p.png", transparency=b"\0\x33\xff") == expected
+    rgb = Image.fromarray(rgba[..., :3].copy())
+    assert saved(rgb, "rgb.png", transparency=(9, 0, 0)) == [white, [100, 50, 0], [1, 2, 3]]
+    grey = Image.fromarray(np.array([[9, 100, 7]], np.uint8))
+    assert saved(grey, "l.png", transparency=9) == [white, [100] * 3, [7] * 3]
+    deep = Image.fromarray(np.array([[9, 25700, 65535]], np.uint16))
+    assert saved(deep, "i16.png", transparency=9) == [white, [100] * 3, white]
+
+
+def test_grey_of_16_bits_is_scaled(tmp_path):
+    values = np.array([[0, 257, 4095, 30000, 65535]], np.uint16)
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert read(tmp_path / name)[0, :, 0].tolist() == [0, 1, 15, 117, 255]
+    (tmp_path / "x.pgm").write_bytes(b"P5 5 1 65535\n" + values.astype(">u2").tobytes())
+    assert read(tmp_path / "x.pgm")[0, :, 2].tolist() == [0, 1, 15, 117, 255]
+
+
+def test_other_modes_become_rgb(tmp_path):
+    for mode, name in (("1", "one.png"), ("L", "l.png"), ("P", "p.png"), ("CMYK", "c.tif")):
+        Image.new("L", (3, 2), 255).convert(mode).save(tmp_path / name)
+        assert read(tmp_path / name).tolist() == [[[255] * 3] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_32_bits_are_unreadable(tmp_path, dtype):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(fid.UserError, match="x.tif cannot be read.*32 bits"):
+        fid.read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError, SyntaxError, ValueError, struct.error, KeyError, IndexError, AttributeError]
+)
+def test_whatever_pillow_raises_names_the_file(tmp_path, error, monkeypatch):
+    def load(image):
+        raise error("no sense")
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.bmp")
+    monkeypatch.setattr("PIL.BmpImagePlugin.BmpImageFile.load", load)
+    with pytest.raises(fid.UserError, match="x.bmp cannot be read as an image.*no sense"):
+        fid.read_image(tmp_path / "x.bmp")
+
+
+def test_an_image_that_is_too_large_or_missing_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name in ("x.png", "missing.png"):
+        with pytest.raises(fid.UserError, match=f"{name} cannot be read"):
+            fid.read_image(tmp_path / name)
+
+
+# the order of the images, and how they were resized
+
+
+def class_folders(root, classes=3, count=4):
+    """Images of a color a class, of which a fixed order of names puts a class into each split."""
+    colors = np.random.RandomState(0).randint(0, 256, (classes, 3))
+    images = np.zeros((classes * count, 8, 8, 3), np.uint8)
+    for i in range(classes * count):
+        images[i] = colors[i // count]
+        path = root / f"class{i // count}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+    np.savez(root.with_suffix(".npz"), arr_0=images)
+    return images
+
+
+def test_the_score_of_a_folder_is_in_random_order_that_of_a_npz_in_its_own(
+    quick, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fid, "SPLIT_SIZE", 4)
+    images = class_folders(tmp_path / "set", classes=9)  # with names in the order 0, 1, 2, ..., 10
+    folder = metrics(tmp_path / "set", tmp_path / "set", "--save_stats", tmp_path / "saved.npz")
+    npz = metrics(tmp_path / "set", tmp_path / "set.npz")
+    assert npz["Inception Score"] == pytest.approx(1)
+
+    files, _ = fid.list_images(tmp_path / "set")
+    probs = quick.probs(quick(torch.from_numpy(images).permute(0, 3, 1, 2))[0])
+    ordered = torch.empty_like(probs)
+    for file, row in zip(files, np.random.RandomState(0).permutation(len(files))):
+        ordered[row] = probs[int(Path(file).stem)]
+    expected = fid.inception_score(ordered, 4)
+    assert folder["Inception Score"] == pytest.approx(expected, rel=1e-6) and expected > 1.3
+    # and what is saved is in the same order
+    saved = metrics(tmp_path / "set", tmp_path / "saved.npz")
+    assert saved["Inception Score"] == folder["Inception Score"]
+
+
+@pytest.mark.parametrize("count, last", [(4, None), (8, None), (9, 1), (10, None), (3, None)])
+def test_a_short_last_split_gets_a_line(quick, monkeypatch, capsys, count, last):
+    monkeypatch.setattr(fid, "SPLIT_SIZE", 4)
+    pool = np.random.RandomState(0).rand(count, 2048).astype(np.float32)
+    found = fid.compute_metrics(quick, {"pool": pool}, {"pool": pool}, torch.device("cpu"))
+    score = fid.inception_score(quick.probs(torch.from_numpy(pool)), 4)
+    assert found["Inception Score"] == pytest.approx(score)
+    said = capsys.readouterr().err
+    assert said.count("The last split of the Inception Score has 1 of 4 images") == (last == 1)
+    assert said.count("last split") == bool(last)
+
+
+def labels_of(path):
+    with np.load(path) as arrays:
+        return [int(arrays["half_pixel"])] if "half_pixel" in arrays else []
+
+
+@pytest.mark.parametrize("half_pixel", [0, 1])
+def test_statistics_of_others_stay_without_a_label(quick, tmp_path, capsys, half_pixel):
+    stored = {name: np.random.RandomState(0).rand(*fid.STATISTICS[name]) for name in ("mu", "mu_s")}
+    stored |= {"sigma": np.eye(2048), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "theirs.npz", mu=stored["mu"], sigma=stored["sigma"])
+    saved = ("--save_stats", tmp_path / "saved.npz", "--half_pixel", half_pixel)
+    assert metrics(tmp_path / "theirs.npz", *saved) == {}
+    said = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in said if "theirs.npz does not say" in line]
+    assert ("if they are pytorch-fid's, add --half_pixel 1" in line) == (half_pixel == 0)
+    assert labels_of(tmp_path / "saved.npz") == []
+    with np.load(tmp_path / "saved.npz") as ours:
+        assert np.array_equal(ours["mu"], stored["mu"])
+    # also beside features that are computed here
+    images = random_images(0, 5, 8)
+    np.savez(tmp_path / "both.npz", **stored, arr_0=images)
+    saved = ("--save_stats", tmp_path / "saved2.npz", "--half_pixel", half_pixel)
+    metrics(tmp_path / "both.npz", *saved)
+    assert labels_of(tmp_path / "saved2.npz") == []
+
+
+@pytest.mark.parametrize("half_pixel", [0, 1])
+def test_what_is_computed_keeps_its_label(quick, tmp_path, capsys, half_pixel):
+    class_folders(tmp_path / "set")
+    for name in ("set", "set.npz"):
+        saved, again = tmp_path / f"{name}1.npz", tmp_path / f"{name}2.npz"
+        metrics(tmp_path / name, "--save_stats", saved, "--half_pixel", half_pixel)
+        metrics(saved, "--save_stats", again, "--half_pixel", half_pixel)
+        assert labels_of(saved) == labels_of(again) == [half_pixel]
+        with pytest.raises(SystemExit, match=f"was saved with --half_pixel {half_pixel}"):
+            metrics(saved, saved, "--half_pixel", 1 - half_pixel)
+    assert "does not say" not in capsys.readouterr().err
+
+
+# what is written
+
+
+@pytest.mark.parametrize("flag", ["--json", "--save_stats"])
+def test_nothing_is_replaced(sets, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(fid, "evaluate", raising(AssertionError("the work has begun")))
+    (tmp_path / "ref.npz").write_bytes((sets / "ref.npz").read_bytes())
+    (tmp_path / "link.json").symlink_to("nowhere")
+    for name in ("ref.npz", "link.json", ""):
+        ref = tmp_path / "ref.npz"
+        assert "is there already" in stops(monkeypatch, ref, ref, flag, tmp_path / name)
+    assert (tmp_path / "ref.npz").read_bytes() == (sets / "ref.npz").read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["--json", "--save_stats"])
+def test_a_folder_that_is_read_only_is_found_out_before_the_work(tmp_path, monkeypatch, flag):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(fid.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(fid, "evaluate", raising(AssertionError("the work has begun")))
+    said = stops(monkeypatch, "ref.npz", "samples.npz", flag, tmp_path / "x")
+    assert said == f"{flag} {tmp_path / 'x'} cannot be written (Read-only file system)."
+
+
+def test_results_appear_whole_or_not_at_all(quick, tmp_path, monkeypatch):
+    class_folders(tmp_path / "set")
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def disk_is_full(file, **arrays):
+        file.write(b"some of it")
+        assert not (out / "x").exists()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", disk_is_full)
+        flags = ("--save_stats", out / "x", "--device", "cpu")
+        assert "No space left" in stops(monkeypatch, tmp_path / "set", *flags)
+    assert list(out.iterdir()) == []
+    metrics(tmp_path / "set", tmp_path / "set", "--save_stats", out / "x", "--json", out / "y")
+    assert sorted(path.name for path in out.iterdir()) == ["x", "y"]  # names as they are given
 
 
 # what goes wrong
 
 
-def save_bad_sets(folder):
+def ordinary_statistics():
+    return {name: np.ones(shape) for name, shape in fid.STATISTICS.items()}
+
+
+@pytest.fixture(scope="module")
+def bad_sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad_sets")
     images = random_images(0, 4, 8)
     np.savez(folder / "good.npz", arr_0=images)
     np.savez(folder / "float.npz", arr_0=images.astype(np.float32))
@@ -573,8 +940,23 @@ def save_bad_sets(folder):
     np.savez(folder / "pool.npz", pool=np.zeros((4, 64)))
     np.savez(folder / "nan_pool.npz", pool=np.full((4, 2048), np.nan))
     np.savez(folder / "other.npz", images=images)
+    np.savez(folder / "no_pixels.npz", arr_0=np.zeros((4, 0, 8, 3), np.uint8))
+    np.savez(folder / "half.npz", mu=np.zeros(2048), arr_0=images)
+    np.savez(folder / "words.npz", mu=np.full(2048, "one"), sigma=np.eye(2048))
+    np.savez(folder / "label.npz", **ordinary_statistics(), half_pixel=[0, 1])
+    with zipfile.ZipFile(folder / "raw.npz", "w") as archive:
+        archive.writestr("arr_0", images.tobytes())
+        archive.writestr("mu", "no array")
+    with zipfile.ZipFile(folder / "garbage.npz", "w") as archive:
+        archive.writestr("arr_0.npy", "no array")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8, 3)}
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, header)
+    with zipfile.ZipFile(folder / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", member.getvalue() + images.tobytes())
     (folder / "text.npz").write_text("no archive")
     (folder / "empty").mkdir()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -591,15 +973,21 @@ def save_bad_sets(folder):
         ("nan_pool.npz", ["nan_pool.npz", "finite"]),
         ("other.npz", ["other.npz", "arr_0"]),
         ("text.npz", ["text.npz"]),
-        ("empty", ["empty", "0 images"]),
+        ("no_pixels.npz", ["no_pixels.npz", "(4, 0, 8, 3)"]),
+        ("half.npz", ["half.npz", "only one of mu and sigma"]),
+        ("words.npz", ["words.npz", "one"]),
+        ("label.npz", ["label.npz", "half_pixel"]),
+        ("raw.npz", ["raw.npz", "neither arr_0 nor mu"]),
+        ("garbage.npz", ["garbage.npz", "magic"]),
+        ("short.npz", ["short.npz", "cut off"]),
+        ("empty", ["empty", "no images"]),
         ("missing", ["missing"]),
     ],
 )
-def test_a_set_that_cannot_be_used_is_named(tmp_path, name, words):
-    save_bad_sets(tmp_path)
-    assert fid.open_set(tmp_path / "good.npz").count == 4
-    with pytest.raises(ValueError) as error:
-        fid.open_set(tmp_path / name)
+def test_a_set_that_cannot_be_used_is_named(bad_sets, name, words):
+    assert fid.open_set(bad_sets / "good.npz").count == 4
+    with pytest.raises((fid.UserError, OSError)) as error:
+        fid.open_set(bad_sets / name)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -619,36 +1007,74 @@ def test_a_damaged_image_is_named(tmp_path):
 def test_an_image_of_another_size_or_depth_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 6)).save(tmp_path / "b.png")
-    Image.new("I;16", (8, 8)).save(tmp_path / "c.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "c.tif")
     batches = fid.open_set(tmp_path).batches
     with pytest.raises(ValueError, match="b.png.*6.*8.*a.png"):
         list(batches([(1, 2)], 1))
-    with pytest.raises(ValueError, match="c.png.*8 bits"):
+    with pytest.raises(ValueError, match="c.tif.*32 bits"):
         list(batches([(2, 3)], 1))
 
 
-def test_a_damaged_npz_is_named(tmp_path):
+def spoil(path, name):
+    """Give an array of a .npz file a wrong checksum."""
+    with zipfile.ZipFile(path) as archive:
+        checksum = archive.getinfo(f"{name}.npy").CRC
+    data = path.read_bytes()
+    assert struct.pack("<L", checksum) in data
+    path.write_bytes(data.replace(struct.pack("<L", checksum), struct.pack("<L", checksum ^ 1)))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("spans", [[(0, 2), (2, 4)], [(0, 2)], [(2, 4)], []])
+def test_a_damaged_npz_is_named_by_every_process(tmp_path, monkeypatch, save, spans):
+    def seek(*args):
+        raise AssertionError("since Python 3.13 the checksum is not compared after a seek")
+
+    save(tmp_path / "a.npz", arr_0=random_images(0, 4, 64))
+    monkeypatch.setattr(zipfile.ZipExtFile, "seek", seek)
+    assert len(list(fid.open_set(tmp_path / "a.npz").batches(spans, 1))) == len(spans)
+    spoil(tmp_path / "a.npz", "arr_0")
+    batches = fid.open_set(tmp_path / "a.npz").batches
+    with pytest.raises(ValueError, match="a.npz is damaged.*CRC"):
+        list(batches(spans, 1))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_byte_in_a_npz_is_noticed(tmp_path, save):
     rs = np.random.RandomState(0)
-    np.savez(tmp_path / "a.npz", arr_0=rs.randint(0, 256, (4, 64, 64, 3), dtype=np.uint8))
+    images = rs.randint(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    save(tmp_path / "a.npz", arr_0=images)
     data = bytearray((tmp_path / "a.npz").read_bytes())
     data[20000] ^= 255
     (tmp_path / "a.npz").write_bytes(data)
     batches = fid.open_set(tmp_path / "a.npz").batches
-    with pytest.raises(ValueError, match="a.npz is damaged.*CRC"):
+    with pytest.raises(ValueError, match="a.npz is damaged"):
         list(batches([(0, 2), (2, 4)], 1))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_statistics_are_named(tmp_path, save):
+    save(tmp_path / "a.npz", **ordinary_statistics())
+    spoil(tmp_path / "a.npz", "mu_s")
+    with pytest.raises(fid.UserError, match="a.npz cannot be used.*CRC"):
+        fid.open_set(tmp_path / "a.npz")
 
 
 def test_the_command_says_one_sentence_and_exits_with_1(sets, tmp_path, monkeypatch):
     ref = sets / "ref.npz"
     assert_sentence(run(ref, tmp_path / "nowhere"), "nowhere")
-    assert_sentence(run(ref, ref, "--bogus"), "--bogus")
     for flags, words in (
         ("", ["SAMPLES"]),
+        (f"--json {tmp_path}/x.json --save_stats {tmp_path}/x.npz", ["SAMPLES"]),
         (f"{ref} --batch 0", ["--batch", "1 or more"]),
+        (f"{ref} --batch nan", ["--batch", "nan"]),
         (f"{ref} --workers two", ["--workers", "two"]),
-        (f"{ref} --json {tmp_path}/no/x.json", ["--json", "x.json"]),
-        (f"{ref} --half_pixel 2", ["--half_pixel", "0 or 1"]),
-        (f"--tf32 {ref}", ["--tf32", "after REF and SAMPLES"]),
+        (f"{ref} --json {tmp_path}/no/x.json", ["--json", "x.json", "No such"]),
+        (f"{ref} --save_stats {tmp_path}/no/x.npz", ["--save_stats", "x.npz", "No such"]),
+        (f"{ref} --json {tmp_path}/x --save_stats {tmp_path}/./x", ["the same file"]),
+        (f"{ref} --half_pixel 2", ["--half_pixel", "0, 1"]),
+        (f"{ref} --half 1", ["--half"]),
+        (f"{ref} --bogus", ["--bogus"]),
         (f"{ref} --device tpu", ["--device tpu", "cpu"]),
         (f"{ref} --device cuda:99", ["--device cuda:99", "cpu"]),
         (f"{ref} --device cpu --inception {tmp_path}/no.pth", ["no.pth", fid.URL]),
@@ -659,18 +1085,26 @@ def test_the_command_says_one_sentence_and_exits_with_1(sets, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
+    "flags",
     [
-        ("", (0, 0)),
-        ("--half_pixel", (1, 0)),
-        ("--half_pixel 0 --tf32 1", (0, 1)),
-        ("--tf32", (0, 1)),
+        ["", "samples.npz"],
+        ["ref.npz", ""],
+        *(["ref.npz", "samples.npz", f"--{name}", ""] for name in ("json", "save_stats")),
+        *(["ref.npz", "samples.npz", f"--{name}", ""] for name in ("inception", "device")),
+        ["ref.npz", "samples.npz", "--half_pixel", ""],
     ],
 )
-def test_switches_are_on_alone_or_with_1(flags, expected, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["fid.py", "ref.npz", "samples.npz", *flags.split()])
+def test_an_empty_string_is_refused(flags, monkeypatch):
+    name = flags[-2] if len(flags) > 2 else ("REF", "SAMPLES")[flags.index("")]
+    assert stops(monkeypatch, *flags).startswith(f"argument {name}: ")
+
+
+def test_flags_stand_before_between_and_after_the_sets(monkeypatch):
+    words = "--half_pixel 1 ref.npz --batch 3 samples.npz --device cpu"
+    monkeypatch.setattr(sys, "argv", ["fid.py", *words.split()])
     args = fid.parse_args()
-    assert (args.half_pixel, args.tf32) == expected
+    assert (args.ref, args.samples, args.half_pixel, args.batch) == ("ref.npz", "samples.npz", 1, 3)
+    assert (args.workers, args.inception, args.device) == (8, None, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -715,6 +1149,53 @@ def test_processes_other_than_local_rank_0_wait_before_they_stop(tmp_path, monke
         assert waits == expected
 
 
+def test_a_process_whose_peer_has_ended_waits_to_be_ended(sets, monkeypatch):
+    waits = []
+    monkeypatch.setattr(fid.time, "sleep", waits.append)
+    for words in ("Connection closed by peer [127.0.0.1]:7", "Connection reset by peer"):
+        monkeypatch.setattr(fid, "evaluate", raising(RuntimeError(f"[gloo/pair.cc:5] {words}")))
+        assert stops(monkeypatch, "a", "b") == "another process has ended"
+    assert waits == [10, 10]
+    monkeypatch.setattr(fid, "evaluate", raising(RuntimeError("a mistake of ours")))
+    monkeypatch.setattr(sys, "argv", ["fid.py", "a", "b"])
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        fid.main()
+
+
+def test_ctrl_c_is_one_word_of_one_process(monkeypatch):
+    monkeypatch.setattr(fid, "evaluate", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(fid.signal, "signal", lambda *_: None)
+    assert stops(monkeypatch, "a", "b") == "stopped"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["fid.py", "a", "b"])
+    with pytest.raises(SystemExit) as stop:
+        fid.main()
+    assert stop.value.code == 1
+
+
+def test_errors_of_files_are_sentences(monkeypatch):
+    monkeypatch.setattr(fid, "evaluate", raising(PermissionError(13, "Permission denied", "x.npz")))
+    assert "Permission denied: 'x.npz'" in stops(monkeypatch, "x.npz", "x.npz")
+
+
+def test_a_path_that_the_terminal_cannot_show_is_shown_somehow(tmp_path, monkeypatch):
+    (tmp_path / "\u0416").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "\u0416" / "x.png")
+    with contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO(), "ascii")) as stderr:
+        assert "has 1 image" in stops(monkeypatch, tmp_path / "\u0416", tmp_path)
+        stderr.flush()
+        assert b"\\u0416: 1 images" in stderr.buffer.getvalue()
+
+
+def test_half_of_torchruns_variables_are_named(sets, monkeypatch):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = stops(monkeypatch, sets / "ref.npz", sets / "ref.npz")
+    assert said.startswith("RANK is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not")
+
+
 def test_under_torchrun_one_process_says_what_all_have_seen(sets):
     done = run(sets / "ref.npz", sets / "nowhere", "--device", "cpu", ranks=2)
     assert done.returncode == 1
@@ -740,7 +1221,7 @@ torch.hub.download_url_to_file = download
 for failing in (True, False):
     try:
         say(f"loaded: {{fid.load_inception().fc.out_features}}")
-    except fid.MissingFile as error:
+    except FileNotFoundError as error:
         say(f"missing: {{error}}")
 dist.barrier()
 dist.destroy_process_group()
@@ -778,30 +1259,42 @@ def test_nccl_takes_features_on_the_cpu_and_on_the_gpu(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no weights", pickle.dumps(os.getcwd, 2)])
+@pytest.mark.parametrize(
+    "content", [b"", b"no weights", pickle.dumps(os.getcwd, 2), {3: 4}, [1, 2], {"fc.weight": "x"}]
+)
 def test_a_file_without_the_weights_is_named(tmp_path, content):
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="w.pth cannot be read as the Inception weights"):
+    else:
+        torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(fid.UserError, match="w.pth cannot be read as the Inception weights"):
         fid.load_inception(tmp_path / "w.pth")
 
 
-def test_a_damaged_image_stops_the_command(weights, tmp_path):
+def test_missing_weights_are_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="w.pth.*Inception.*6726825d.pth"):
+        fid.load_inception(tmp_path / "w.pth")
+
+
+def test_a_damaged_image_stops_the_command(quick, tmp_path, monkeypatch, capsys):
     for i, image in enumerate(random_images(0, 4)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:100])
-    done = run(tmp_path, "--save_stats", tmp_path / "x.npz", "--inception", weights, "--batch", 2)
-    assert_sentence(done, "3.png")
-    assert not (tmp_path / "x.npz").exists()
+    flags = ("--save_stats", tmp_path / "x.npz", "--batch", 2, "--device", "cpu")
+    assert "3.png" in stops(monkeypatch, tmp_path, *flags)
+    assert not (tmp_path / "x.npz").exists() and capsys.readouterr().out == ""
 
 
-def test_help_is_quick_grouped_and_narrow():
+def test_help_is_quick_narrow_and_shows_defaults():
     start = time.time()
     done = run("--help")
     assert done.returncode == 0 and time.time() - start < 15
     assert max(map(len, done.stdout.splitlines())) <= 100
-    places = [done.stdout.index(word) for word in ("torchrun", "output:", "speed:")]
+    places = [
+        done.stdout.index(word) for word in ("torchrun", "REF  ", "--json FILE  ", "--batch N  ")
+    ]
     assert places == sorted(places)
+    assert "(default: 64)" in done.stdout
 
 
 # time and memory
@@ -834,17 +1327,18 @@ def peak_growth(body):
     return float(done.stdout)
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_npz_streams_through_little_memory(tmp_path, save):
-    images = np.zeros((2000, 256, 256, 3), np.uint8)  # 375 MiB
+def test_a_npz_streams_through_little_memory(tmp_path):
+    images = np.zeros((1200, 256, 256, 3), np.uint8)  # 225 MiB
     images[:, ::8] = 200
-    save(tmp_path / "large.npz", arr_0=images)
+    np.savez(tmp_path / "stored.npz", arr_0=images)
+    np.savez_compressed(tmp_path / "deflated.npz", arr_0=images)
     grown = peak_growth(f"""
-opened = fid.open_set({str(tmp_path / "large.npz")!r})
-before, total = peak(), 0
-for batch in opened.batches([(i, i + 50) for i in range(0, opened.count, 50)], 1):
-    total += len(batch)
-assert total == 2000
+before = peak()
+for path in ({str(tmp_path / "stored.npz")!r}, {str(tmp_path / "deflated.npz")!r}):
+    opened = fid.open_set(path)
+    # every second batch is another process's
+    for batch in opened.batches([(i, i + 50) for i in range(0, opened.count, 100)], 1):
+        assert batch.shape == (50, 256, 256, 3)
 print(peak() - before)""")
     assert grown < 120
 
