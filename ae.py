@@ -210,7 +210,7 @@ class DAE(AE):
     The input is noised, the target is not.
     """
 
-    def __init__(self, noise_std=0.1, **kwargs):  # noise_std: our choice
+    def __init__(self, *, noise_std=0.1, **kwargs):  # noise_std: our choice
         super().__init__(**kwargs)
         self.noise_std = noise_std
 
@@ -260,7 +260,7 @@ class SDVAE(VAE):
     # over 3 * 256 * 256 values and 32 * 32 positions it is 1e-6 * 1,024 / 196,608.
     weights = {"kl": 5e-9, "lpips": 1.0}
 
-    def __init__(self, recon="l1", **kwargs):  # MSE beside LPIPS would weigh ten times less
+    def __init__(self, *, recon="l1", **kwargs):  # MSE beside LPIPS would weigh ten times less
         super().__init__(recon=recon, **kwargs)
 
 
@@ -594,7 +594,7 @@ class VMAE(MAE):
     # The release's script asks for 0.75 visible and never passes it on.
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
 
-    def __init__(self, prior_std=1.0, **kwargs):  # main paper; the release's script has 1e-3
+    def __init__(self, *, prior_std=1.0, **kwargs):  # main paper; the release's script has 1e-3
         super().__init__(**kwargs)
         self.prior_std = prior_std
 
