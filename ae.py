@@ -689,13 +689,7 @@ def from_checkpoint(ckpt, path="the checkpoint"):
             # The release's files for generation have no mask token: without a mask it is not used.
             state.setdefault("mask_token", torch.zeros(1, 1, args["hidden_size"]))
         elif "encoder.conv_in.weight" in state:
-            # Older files have other names for the maps of attention.
-            renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-            for old, new in renamed.items():
-                state = {
-                    k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v
-                    for k, v in state.items()
-                }
+            state = {modern_name(name): value for name, value in state.items()}
             args = args_of_diffusers(state)
         else:
             raise UserError(f"{path} holds no autoencoder that this program knows")
@@ -730,6 +724,13 @@ def args_of_release(state, name):
         "decoder_depth": len(fnmatch.filter(state, "decoder_blocks.*.norm1.weight")),
         "num_heads": num_heads,
     }
+
+
+def modern_name(name):
+    """Today's name of a tensor of diffusers: older files call the maps of attention otherwise."""
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    old = "|".join(renamed)
+    return re.sub(rf"(?<=attentions\.0\.)({old})(?=\.)", lambda found: renamed[found[0]], name)
 
 
 def args_of_diffusers(state):
@@ -896,15 +897,15 @@ def lpips_vgg():
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     advice = f"put {url} at {path}, or train without it: --lpips 0"
 
-    # lpips would load VGG16 in torchvision's old way, which warns and unpickles freely. pnet_rand
-    # leaves the network to us.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     try:
         vgg = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True
         )
+        # lpips would load VGG16 in torchvision's old way, which warns and unpickles freely.
+        # pnet_rand leaves the network to us.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         # lpips calls VGG16's features.0.weight slice1.0.weight, and so on.
         for name, parameter in net.net.named_parameters():
             parameter.data.copy_(vgg["features." + name.split(".", 1)[1]])

@@ -27,7 +27,6 @@ import pickle
 import signal
 import struct
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -135,15 +134,12 @@ def parse_args():
 
     if not args.samples and (args.json or not args.save_stats):
         parser.error("SAMPLES is missing")
-    for flag, file in (("--json", args.json), ("--save_stats", args.save_stats)):
-        if file:
-            check_target(flag, file)
-    if (
-        args.json
-        and args.save_stats
-        and Path(args.json).absolute() == Path(args.save_stats).absolute()
-    ):
-        parser.error("--json and --save_stats name the same file")
+    targets = [os.path.abspath(file) for file in (args.json, args.save_stats) if file]
+    for file in targets:
+        if os.path.lexists(file) or targets.count(file) > 1:
+            parser.error(f"{file} is there already, or named twice: name another file")
+        if not os.access(os.path.dirname(file), os.W_OK):
+            parser.error(f"{file} cannot be written: its folder is missing or read-only")
     return args
 
 
@@ -168,16 +164,6 @@ def positive(text):
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return number
-
-
-def check_target(flag, file):
-    """Raise UserError if a result cannot be written to file or would replace something."""
-    if os.path.lexists(file):
-        raise UserError(f"{flag} {file} is there already; remove it or name another file.")
-    try:
-        tempfile.TemporaryFile(dir=Path(file).absolute().parent).close()
-    except OSError as error:
-        raise UserError(f"{flag} {file} cannot be written ({error.strerror}).") from error
 
 
 @contextmanager
@@ -909,8 +895,6 @@ class Folder:
         self.rows = np.random.RandomState(0).permutation(self.count)
         passed_over = f", {others} other files passed over" if others else ""
         note(f"{path}: {self.count} images{passed_over}")
-        if self.count < 2:
-            raise UserError(f"{path} has 1 image; at least 2 are needed.")
 
     def batches(self, spans, workers):
         """Yield the images of each span (start, stop), (N, H, W, 3) uint8, all of one size.
@@ -1064,15 +1048,12 @@ def join_processes(device):
     """Join the other processes that torchrun has started, if any."""
     if "RANK" not in os.environ:
         return
-    expected = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in expected if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"RANK is set but {', '.join(missing)} not; start with torchrun, or unset RANK."
-        )
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # The other processes wait while the weights are downloaded, perhaps slowly.
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    try:
+        # The other processes wait while the weights are downloaded, perhaps slowly.
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    except ValueError as error:  # a variable that torchrun sets is missing
+        raise UserError(f"RANK is set, but {error}; start with torchrun, or unset RANK.") from error
 
 
 def leave_processes():

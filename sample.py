@@ -15,6 +15,7 @@ of a flag of its own.)
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -88,27 +89,25 @@ def main():
     class_names = info.get("class_names", [""] * model.num_classes)
     names = names_in_words(class_names)
     labels = parse_labels(args.labels, names)
-    record = {
-        "model": fingerprint(model.state_dict()),
-        "autoencoder": fingerprint(autoencoder.state_dict()),
-        "statistics": fingerprint({"mean": latent_mean, "std": latent_std}),
-        "seed": args.seed,
-        "labels": labels,
-        "per_class": args.per_class,
-        "dtype": args.dtype,
-        **settings,
-    }
     if args.compile:
         model.compile(dynamic=False)
-
-    def generate_samples(indices, labels):
-        """Samples by index, of the classes labels -> uint8 (N, H, W, 3)."""
-        noise = [noise_of(model, args.seed, index) for index in indices]
-        noise, y = torch.stack(noise).to(device), torch.tensor(labels, device=device)
-        return generate(*parts, noise, y, args.dtype == "bfloat16", **settings)
+    bfloat16 = args.dtype == "bfloat16"
+    generate_samples = functools.partial(
+        generate, *parts, seed=args.seed, bfloat16=bfloat16, **settings
+    )
 
     out = args.out or os.path.dirname(args.ckpt) or "."
     if args.num is not None:
+        record = {
+            "model": fingerprint(model.state_dict()),
+            "autoencoder": fingerprint(autoencoder.state_dict()),
+            "statistics": fingerprint({"mean": latent_mean, "std": latent_std}),
+            "seed": args.seed,
+            "labels": labels,
+            "per_class": args.per_class,
+            "dtype": args.dtype,
+            **settings,
+        }
         classes = labels or list(range(model.num_classes))
         write_files(generate_samples, args, out, classes, record)
     elif rank == 0:
@@ -118,7 +117,11 @@ def main():
             labels = FIGURE_II
         elif labels is None:
             labels = spread(model.num_classes)
-        write_grid(generate_samples, args, out, labels, names)
+        captions = [caption(names, label) if len(names) > 1 else "" for label in labels]
+        os.makedirs(out, exist_ok=True)
+        path = os.path.join(out, "samples.png")
+        write_grid(path, generate_samples, labels, captions, args.columns, args.batch)
+        print(f"wrote {path}")
     leave_processes()
 
 
@@ -198,21 +201,30 @@ def sampling_settings(args, info, guided):
     return settings
 
 
-def noise_of(model, seed, index):
-    """The noise (C, h, w) of a sample."""
-    size = model.grid * model.patch_size
-    rng = generator("cpu", SAMPLE, seed, index)
-    return torch.randn(model.in_channels, size, size, generator=rng)
-
-
 @torch.no_grad()
-def generate(model, autoencoder, latent_mean, latent_std, noise, y, bfloat16=False, **settings):
-    """Noise (N, C, h, w) and classes y (N,) -> images, uint8 (N, H, W, 3).
+def generate(
+    model,
+    autoencoder,
+    latent_mean,
+    latent_std,
+    indices,
+    labels,
+    seed,
+    bfloat16=False,
+    **settings,
+):
+    """Samples by index, of the classes labels -> images, uint8 (N, H, W, 3).
 
-    latent_mean, latent_std (C, 1, 1); bfloat16: of the DiT's products, while the Euler state and
-    the decoder stay in float32; settings: those of dit.sample.
+    The noise of a sample is by (seed, index). latent_mean, latent_std (C, 1, 1); bfloat16: of the
+    DiT's products, while the Euler state and the decoder stay in float32; settings: those of
+    dit.sample.
     """
-    with torch.autocast(noise.device.type, torch.bfloat16, enabled=bfloat16):
+    device = latent_mean.device
+    size = model.grid * model.patch_size
+    keys = [generator("cpu", SAMPLE, seed, index) for index in indices]
+    noise = [torch.randn(model.in_channels, size, size, generator=key) for key in keys]
+    noise, y = torch.stack(noise).to(device), torch.tensor(labels, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         z = dit.sample(model, noise, y, **settings)
     z = z * latent_std + latent_mean
     # Some at a time: a convolutional decoder takes 200 MiB for each image.
@@ -279,19 +291,20 @@ def spread(num_classes):
 # ---- A grid, or files ----
 
 
-def write_grid(generate_samples, args, out, labels, names):
-    """samples.png: a row for each of labels."""
-    labels_of_samples = np.repeat(labels, args.columns).tolist()
+def write_grid(path, generate_samples, labels, captions, columns, batch, quiet=False):
+    """A picture with a row of samples for each of labels, `batch` generated at once.
+
+    generate_samples(indices, labels): as generate; captions: of the rows; quiet: without a progress
+    bar.
+    """
+    labels_of_samples = np.repeat(labels, columns).tolist()
+    starts = range(0, len(labels_of_samples), batch)
     images = []
-    for start in tqdm(range(0, len(labels_of_samples), args.batch), "generating", unit="batch"):
-        some = labels_of_samples[start : start + args.batch]
+    for start in tqdm(starts, "generating", unit="batch", disable=quiet):
+        some = labels_of_samples[start : start + batch]
         images.append(generate_samples(range(start, start + len(some)), some))
     images = np.concatenate(images)
-    captions = [caption(names, label) if len(names) > 1 else "" for label in labels]
-    os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "samples.png")
-    save_grid(path, images.reshape(-1, args.columns, *images.shape[1:]), captions)
-    print(f"wrote {path}")
+    save_grid(path, images.reshape(-1, columns, *images.shape[1:]), captions)
 
 
 def write_files(generate_samples, args, out, classes, record):

@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +317,7 @@ def train(args):
     batches = load_batches(Batches(images, transform), order, args.workers, device)
     preview = preview_images(args, images, device) if rank == 0 else None
 
-    history = {}  # what the next log line averages: lists of numbers on the device, by name
+    history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
     clock, clock_step = time.time(), first_step - 1
 
@@ -349,7 +350,7 @@ def train(args):
                 (loss_d / len(slices)).backward()
             terms |= {"loss": loss.detach(), "unreadable": unreadable.mean()}
             for name, value in terms.items():
-                history.setdefault(name, []).append(value)
+                history[name].append(value)
 
         # The optimiser step. A loss that is not finite, in any process, makes the norm of the
         # averaged gradients not finite in all: the step then changes nothing.
@@ -362,14 +363,14 @@ def train(args):
         for optimizer in optimizers[: len(norms)]:
             update(optimizer, lr, skip)
         skipped_in_row = (skipped_in_row + 1) * skip
-        for name, value in {"grad_norm": norms[0], "skipped": skip}.items():
-            history.setdefault(name, []).append(value)
+        history["grad_norm"].append(norms[0])
+        history["skipped"].append(skip)
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
             speed = (step - clock_step) * args.batch / (time.time() - clock)
             log(args, step, history, lr, speed, skipped_in_row)
-            history, clock, clock_step = {}, time.time(), step
+            history, clock, clock_step = defaultdict(list), time.time(), step
 
         # A checkpoint and pictures, every --ckpt_every steps.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
@@ -444,8 +445,8 @@ def average_gradients(module, world):
             p.grad /= world
 
 
-def compile_for_training(net, adversarial):
-    """torch.compile, in place.
+def compile_for_training(net, adversarial=False):
+    """torch.compile, in place, of an autoencoder or a DiT.
 
     adaptive_weight takes gradients at the decoder's last layer, which must be left as it is: of an
     SD-VAE only what comes before that is compiled.
@@ -531,16 +532,21 @@ def parse_with_init(parser, settings, sizes_of):
     sizes that --init brings; raises UserError for flags that differ from those."""
     missing = settings.keys() - vars(parser.parse_args([])).keys()
     assert not missing, f"settings without a flag: {missing}"
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    parser.set_defaults(**settings)
-    args = parser.parse_args()
+
+    def parse(defaults):
+        # Lists, as argparse makes them of flags.
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+        parser.set_defaults(**lists)
+        return parser.parse_args()
+
+    args = parse(settings)
     if args.init:
-        sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in sizes_of(args).items()}
-        parser.set_defaults(**sizes)
-        args = parser.parse_args()
-        for name, value in sizes.items():
-            if getattr(args, name) != value:
-                raise UserError(f"--{name} {getattr(args, name)}: {args.init} has {value}")
+        sizes = sizes_of(args)
+        args = parse(sizes)
+        for name in sizes:
+            value, brought = getattr(args, name), parser.get_default(name)
+            if value != brought:
+                raise UserError(f"--{name} {value}: {args.init} has {brought}")
     return args
 
 
@@ -992,11 +998,10 @@ def evaluate(args):
         name = name_of(path, [row["autoencoder"] for row in rows])
         row = {"autoencoder": name, "pixels": size, "crop": "ADM" if args.adm_crop else "paper"}
 
-        def batches(title, crop=crop, name=name):
-            return batches_to_judge(args, images, crop, device, f"{name}, {title}")
-
-        std, segments_found = latents(net, batches("latents"), masks)
-        quality = reconstructions(args, net, batches("reconstructions"), std, lpips, inception)
+        batches = functools.partial(batches_to_judge, args, images, crop, device)
+        std, segments_found = latents(net, batches(f"{name}, latents"), masks)
+        again = batches(f"{name}, reconstructions")
+        quality = reconstructions(args, net, again, std, lpips, inception)
         if masks is not None:
             quality |= compression_of_all(segments_found, std)
         preview = save_perturbed(args, net, std, images, crop, f"{name}.png")
@@ -1278,20 +1283,19 @@ PARTS = (
 
 
 def find_masks(folder, images):
-    """The label images of each of images, a list of files each.
+    """The label images of each of images, a list of (part, file) each.
 
-    ADE20K's NAME.png belongs to the image NAME in the same sub-folder, or else in any, and its
-    values are labels; CelebAMask-HQ's 00012_hair.png is a part of image 12. Raises UserError if no
-    image has one.
+    ADE20K's NAME.png belongs to the image NAME in the same sub-folder, or else in any; its values
+    are labels, and part is None. CelebAMask-HQ's 00012_hair.png is the part "hair" of image 12.
+    Raises UserError if no image has one.
     """
     by_path, by_name, by_number = {}, {}, {}
     for file in fid.list_images(folder)[0]:
         stem, path = Path(file).stem, os.path.join(folder, file)
-        by_path[os.path.splitext(file)[0]] = [path]
-        by_name[stem] = [path]
+        by_path[os.path.splitext(file)[0]] = by_name[stem] = [(None, path)]
         number, _, part = stem.partition("_")
         if number.isdecimal() and part in PARTS:
-            by_number.setdefault(int(number), []).append(path)
+            by_number.setdefault(int(number), []).append((part, path))
     masks = []
     for index in range(0 if images.digits else len(images)):
         path = os.path.relpath(images.path(index), images.folder)
@@ -1311,20 +1315,17 @@ def segments(files, grid):
     """Yields (label, mask) for each label of an image's label images.
 
     A label image is cropped as both crops of images do it, to the square in its centre, and each
-    cell of the grid has the label at its own centre. files: of find_masks; mask: boolean
-    (grid, grid). Value 0 is no label. Raises UserError for label images in colour.
+    cell of the grid has the label at its own centre. files: [(part, file)] of find_masks; mask:
+    boolean (grid, grid). Value 0 is no label. Raises UserError for label images in colour.
     """
-    labels = np.zeros((grid, grid), int)
-    parts = {Path(file).stem.partition("_")[2]: file for file in files}
-    if not parts.keys() <= set(PARTS):
-        (file,) = files
-        labels, names = read_labels(file, grid), None
-    else:
-        names = [part for part in PARTS if part in parts]
-        for number, part in enumerate(names, 1):
-            labels[read_labels(parts[part], grid) > 0] = number
-    for value in np.unique(labels[labels > 0]):
-        yield names[value - 1] if names else int(value), labels == value
+    labels, parts = np.zeros((grid, grid), int), dict(files)
+    if None in parts:
+        labels = read_labels(parts[None], grid)
+    for label, part in enumerate(PARTS, 1):
+        if part in parts:
+            labels[read_labels(parts[part], grid) > 0] = label
+    for value in np.unique(labels[labels > 0]).tolist():
+        yield value if None in parts else PARTS[value - 1], labels == value
 
 
 def read_labels(file, grid):

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import time
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -190,7 +191,7 @@ def train(args):
     def load_moments(keys):
         """Yields moments (B, 2C, h, w), labels (B,) and flags of unreadable images (B,)."""
         for x, *rest in train_ae.load_batches(dataset, keys, args.workers, device):
-            moments = x.float() if args.cache else encode(autoencoder, x, args.micro_batch)
+            moments = x.float() if args.cache else encode(autoencoder, x)
             yield moments, *rest
 
     # The statistics that normalise the latents.
@@ -203,14 +204,13 @@ def train(args):
     del ckpt, start, info
 
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # as in train_ae.compile_for_training
-        net.compile(dynamic=False)
+        train_ae.compile_for_training(net)
     model = net
     if world > 1:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     batches = load_moments(train_ae.training_order(args, len(images), slices, first_step))
-    history = {}  # what the next log line averages: lists of numbers on the device, by name
+    history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
     clock, clock_step = time.time(), first_step - 1
 
@@ -238,8 +238,8 @@ def train(args):
             with autocast:
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
             (loss / len(slices)).backward()
-            history.setdefault("loss", []).append(loss.detach())
-            history.setdefault("unreadable", []).append(unreadable.mean())
+            history["loss"].append(loss.detach())
+            history["unreadable"].append(unreadable.mean())
 
         # The optimiser step and the average of the weights. A loss that is not finite, in any
         # process, makes the norm of the averaged gradients not finite: the step changes nothing.
@@ -249,14 +249,14 @@ def train(args):
         train_ae.update(optimizer, lr, skip)
         update_ema(ema, net, (1 - skip) * (1 - args.ema))
         skipped_in_row = (skipped_in_row + 1) * skip
-        history.setdefault("grad_norm", []).append(norm)
-        history.setdefault("skipped", []).append(skip)
+        history["grad_norm"].append(norm)
+        history["skipped"].append(skip)
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
             speed = (step - clock_step) * args.batch / (time.time() - clock)
             train_ae.log(args, step, history, lr, speed, skipped_in_row)
-            history, clock, clock_step = {}, time.time(), step
+            history, clock, clock_step = defaultdict(list), time.time(), step
 
         # A checkpoint, every --ckpt_every steps; pictures with those that stay and at the end.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
@@ -335,36 +335,30 @@ def save_samples(args, parts, class_names):
 
     parts: the EMA, the autoencoder, mean and std of the latents, as sample.generate takes them.
     """
-    device = parts[-1].device
     settings = {name: getattr(args, name) for name in dit.SAMPLING if name != "steps"}
+    generate_samples = functools.partial(
+        sample.generate, *parts, seed=args.seed, steps=args.sample_steps, **settings
+    )
     classes = sample.spread(len(class_names))
-    y = torch.tensor(classes).repeat_interleave(8)
-    noise = torch.stack([sample.noise_of(parts[0], args.seed, index) for index in range(len(y))])
-    # Guidance doubles the batch.
-    at_once = max(1, args.micro_batch // 2)
-    images = [
-        sample.generate(
-            *parts, some_noise.to(device), some_y.to(device), steps=args.sample_steps, **settings
-        )
-        for some_noise, some_y in zip(noise.split(at_once), y.split(at_once), strict=True)
-    ]
-    images = np.concatenate(images)
-    rows = images.reshape(len(classes), 8, *images.shape[1:])
+    captions = [class_names[label] for label in classes]
     path = os.path.join(args.out, "samples.png")
-    sample.save_grid(path, rows, [class_names[label] for label in classes])
+    at_once = max(1, args.micro_batch // 2)  # guidance doubles the batch
+    sample.write_grid(path, generate_samples, classes, captions, 8, at_once, quiet=True)
 
 
 # ---- Latents ----
 
+AT_ONCE = 32  # images that are encoded together: a fixed number, as it decides the last bits
+
 
 @torch.no_grad()
-def encode(autoencoder, x, at_once):
-    """Images (B, 3, S, S), some at once -> the moments of their posteriors (B, 2C, h, w).
+def encode(autoencoder, x):
+    """Images (B, 3, S, S) -> the moments of their posteriors (B, 2C, h, w).
 
     In float32 (TF32 products on a GPU): the rounding of bfloat16 would be as large as the
     posterior's std.
     """
-    posteriors = [autoencoder.encode(part) for part in x.split(at_once)]
+    posteriors = [autoencoder.encode(part) for part in x.split(AT_ONCE)]
     return torch.cat([torch.cat([p.mean, p.logvar], 1) for p in posteriors])
 
 
@@ -372,11 +366,8 @@ def latent_statistics(args, images, load_moments, autoencoder):
     """Mean and unbiased std (C,) per channel; a sample each of 10,000 random images, unflipped."""
     rank, world = rank_and_world()
     n = len(images)
-    picked = (
-        np.random.default_rng(sample.seed_of(sample.STATISTICS, args.seed))
-        .permutation(n)[:10000]
-        .tolist()
-    )
+    seed = sample.seed_of(sample.STATISTICS, args.seed)
+    picked = np.random.default_rng(seed).permutation(n)[:10000].tolist()
     parts = [picked[i : i + 100] for i in range(0, len(picked), 100)]
     mine = range(rank, len(parts), world)
     keys = [[(index, 0, False) for index in parts[k]] for k in mine]
@@ -466,9 +457,9 @@ def fill_cache(args, dataset, autoencoder, device):
         dist.barrier()  # all have looked
     spans = {k: range(k * SHARD, min(n, (k + 1) * SHARD)) for k in missing[rank::world]}
     keys = [
-        [(index, 0, False) for index in span[i : i + args.micro_batch]]
+        [(index, 0, False) for index in span[i : i + AT_ONCE]]
         for span in spans.values()
-        for i in range(0, len(span), args.micro_batch)
+        for i in range(0, len(span), AT_ONCE)
     ]
     batches = train_ae.load_batches(dataset, keys, args.workers, device)
     bar = tqdm(total=len(keys), desc="latents", unit="batch", disable=rank > 0 or not keys)
@@ -476,7 +467,7 @@ def fill_cache(args, dataset, autoencoder, device):
         moments, labels = [], []
         while sum(map(len, labels)) < len(span):
             x, y, _ = next(batches)
-            pair = [encode(autoencoder, x, len(x)), encode(autoencoder, x.flip(-1), len(x))]
+            pair = [encode(autoencoder, x), encode(autoencoder, x.flip(-1))]
             pair = torch.stack(pair, 1).half()
             if not pair.isfinite().all():
                 raise UserError(

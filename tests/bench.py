@@ -1,6 +1,7 @@
-"""Throughput beside the alternatives: the machine, then a Markdown table of pieces of work.
+"""Throughput beside the alternatives, as the document tests/BENCH.md.
 
-    python tests/bench.py --json bench.json        write the table to a file, too
+    python tests/bench.py | tee tests/BENCH.md     all rows
+    python tests/bench.py --json bench.json        write the table as JSON, too
     python tests/bench.py --demo                   add the demo's four commands, which take minutes
     python tests/bench.py --only training guided   the rows whose names hold one of these words
     python tests/bench.py --row "latent cache"     one row, in this process, as JSON
@@ -26,6 +27,7 @@ import copy
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -822,7 +824,7 @@ def in_child(name, rounds=1):
 
 
 def machine():
-    """The GPU or the CPU, the threads and PyTorch, in words."""
+    """The GPU or the CPU, and the threads, in words."""
     if CUDA:
         name = torch.cuda.get_device_name()
     else:
@@ -831,7 +833,36 @@ def machine():
         if info.exists():
             names = re.findall("model name.*: (.*)", info.read_text())
         name = f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores"
-    return f"{name}; {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+    return f"{name}; {torch.get_num_threads()} threads"
+
+
+def head():
+    """What precedes the table: on what it was measured, when, and how to read it."""
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    packages = ("torch", "torchvision", "diffusers", "pytorch-fid", "torch-fidelity")
+    versions = [
+        version(package)
+        for package in packages
+        if importlib.util.find_spec(package.replace("-", "_"))
+    ]
+    device = (
+        "" if CUDA else "- *Not measured*: GPUs, nor the memory of the paper's micro-batches.\n"
+    )
+    return f"""# Throughput
+
+What `python tests/bench.py | tee tests/BENCH.md` printed: pieces of work beside the same work of
+peers, where these are installed, in turns. Numbers are medians of the rounds. The ratio is the
+peer's time over ours, so above 1 ours is faster; it is the median of the rounds' ratios. Shares are
+of the rate of square matrix products, which convolutions can exceed.
+
+- *Machine*: {machine()}
+- *Versions*: {", ".join(versions)}
+- *Date*: {time.strftime("%Y-%m-%d")}, commit {commit or "unknown"}
+{device}
+| work | ours | peer | ratio | TFLOP/s | share of products | peak memory |
+{"|---" * 7}|"""
 
 
 def show(x):
@@ -887,16 +918,13 @@ def main():
             print(result)
         return
 
-    print(machine() + "\n")
-    print("| work | ours | peer | ratio | TFLOP/s | share of products | peak memory |")
-    print("|---" * 7 + "|", flush=True)
+    print(head(), flush=True)
     table, rates, failed = [], {}, []
     for name in ROWS:
         chosen = any(word.lower() in name.lower() for word in args.only)
         if not chosen or (name == "demo" and not args.demo):
             continue
-        if name in RECIPES and not CUDA:
-            print(f"| {name} | not measured: it takes hours without a GPU" + " | -" * 5 + " |")
+        if name in RECIPES and not CUDA:  # they take hours without a GPU
             continue
         lines = in_child(name, args.rounds)
         if lines is None:
@@ -906,12 +934,9 @@ def main():
         for line in lines:
             print_line(line, rates)
             table.append(line)
-        if not CUDA and any("arithmetic" in line for line in lines):
-            print(f"| {name}, on a GPU | not measured: no GPU" + " | -" * 5 + " |")
 
     known = [f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in rates.items() if rate]
-    print("\nProducts: " + ", ".join(known))
-    print("Ratio: the peer's time over ours; above 1 ours is the faster.")
+    print("\nSquare products: " + ", ".join(known))
     if args.json:
         whole = {"machine": machine(), "products": rates, "rows": table, "failed": failed}
         Path(args.json).write_text(json.dumps(whole, indent=1))

@@ -200,6 +200,11 @@ def tiny(model):
     return f"--model {model} {sizes} {discriminator}"
 
 
+def latents_of(vmae):
+    """The flags of a DiT on this VMAE's latents of the digits, which are computed once."""
+    return "--ae", vmae, "--cache", vmae.parent / "latents"
+
+
 @pytest.fixture(scope="session")
 def tiny_vmae(tmp_path_factory):
     """The checkpoint of a VMAE trained for 20 steps on the digits."""

@@ -1,13 +1,13 @@
 """The paper's comparison at the demo's scale: six autoencoders, the same DiT on each one's latents.
 
-    python tests/paper.py                     about an hour on two cores, for three seeds
-    python tests/paper.py                     again: goes on, if the hour did not hold all three
+    python tests/paper.py                     an hour or two on two cores, for three seeds
+    python tests/paper.py                     again: goes on where it was
     python tests/paper.py --seeds 1           one run of each instead of three
     python tests/paper.py --seconds 240 --out out/paper-240
                                               four times the training of each autoencoder
 
-Writes tables.md and pictures.png into --out. It starts nothing new after an hour (--minutes), and
-goes on where it was when it is called again.
+Writes tables.md, which tests/RESULTS.md shows as it is, and pictures.png into --out. It starts
+nothing new after an hour (--minutes), and goes on where it was when it is called again.
 
 What it does, in this order, on the demo's digits and with the demo's models:
 
@@ -17,7 +17,9 @@ What it does, in this order, on the demo's digits and with the demo's models:
    of seconds into steps. From then on no clock decides anything, and the same steps give the same
    numbers.
 3. It chooses each autoencoder's learning rate: half of the demo's, the demo's or its double,
-   whichever reconstructs the held-out digits best (PSNR) after a third of the budget.
+   whichever reconstructs the held-out digits best (PSNR) at the end of a whole run, so that what
+   comes late in a run, as SD-VAE's discriminator does, counts for what it is. That run is the first
+   of the comparison.
 4. It trains each autoencoder for the same time and, in a second comparison of one run each, for the
    same number of steps, then the same DiT on its latents, and draws samples.
 5. It repeats that for the rows of the paper's ablation that need no LPIPS.
@@ -42,6 +44,7 @@ import multiprocessing
 import signal
 import statistics
 import sys
+import textwrap
 import time
 import types
 from pathlib import Path
@@ -65,7 +68,6 @@ BUDGET = dict(
     seconds=60.0,  # of training for each autoencoder, on one thread
     steps=400,  # of the comparison at equal steps
     rates=[0.5, 1.0, 2.0],  # learning rates that are tried, in units of the demo's
-    search=1 / 3,  # share of the seconds that a trial of a learning rate gets
     warmup=0.1,  # share of a run's steps in which the learning rate rises
     disc_start=0.5,  # share of an SD-VAE's steps before the discriminator joins
     tuning=0.3,  # share of VMAE's seconds, or steps, that tune its decoder
@@ -154,7 +156,11 @@ def compare(args, budget):
     speed = remembered(out / "speed.json", lambda: measure_speed(out, budget))
 
     deadline = started + 60 * args.minutes
-    search = {(m, rate): trial(m, rate, speed, budget) for m in NAMES for rate in budget["rates"]}
+    search = {
+        (m, rate): at_equal_seconds(m, rate, 0, speed, budget) | {"with_dit": False}
+        for m in NAMES
+        for rate in budget["rates"]
+    }
     found = run_all(search.values(), args, budget, deadline)
     psnr = {key: found[piece["name"]].get("PSNR") for key, piece in search.items()}
     if None in psnr.values():
@@ -173,7 +179,8 @@ def compare(args, budget):
 
     tables = write_tables(out, budget, speed, psnr, best, results)
     print("\n" + tables)
-    draw_pictures(out, out / "pictures.png")
+    first = {m: out / at_equal_seconds(m, best[m], 0, speed, budget)["name"] for m in NAMES}
+    draw_pictures(first, out / "pictures.png")
     print(f"wrote {out}/tables.md and {out}/pictures.png")
 
 
@@ -195,18 +202,12 @@ def remembered(path, compute):
     return json.loads(path.read_text())
 
 
-# ---- Pieces: an autoencoder, and perhaps a DiT on it; each has a folder and a result.json ----
-
-
-def trial(model, rate, speed, budget):
-    """A trial of a learning rate."""
-    steps = steps_for(budget["search"] * budget["seconds"], speed[model], budget)
-    return piece(f"search/{model}-x{rate:g}", model, steps, rate, 0, with_dit=False)
+# ---- Pieces: an autoencoder, and perhaps a DiT on it; each has a folder and results in it ----
 
 
 def at_equal_seconds(model, rate, seed, speed, budget):
     steps = steps_for(budget["seconds"], speed[model], budget)
-    return piece(f"seconds/{model}-{seed}", model, steps, rate, seed)
+    return piece(f"seconds/{model}-x{rate:g}-{seed}", model, steps, rate, seed)
 
 
 def at_equal_steps(model, rate, seed, budget):
@@ -223,10 +224,10 @@ def ablation_row(row, rate, seed, speed, budget):
     return piece(name, "vmae", steps, rate, seed, ABLATION[row])
 
 
-def piece(name, model, steps, rate, seed, flags="", with_dit=True):
+def piece(name, model, steps, rate, seed, flags=""):
     """steps: of training and of the decoder's tuning; flags: of the training alone."""
     return dict(
-        name=name, model=model, steps=steps, rate=rate, seed=seed, flags=flags, with_dit=with_dit
+        name=name, model=model, steps=steps, rate=rate, seed=seed, flags=flags, with_dit=True
     )
 
 
@@ -245,7 +246,7 @@ def run_all(pieces, args, budget, deadline):
     pieces = list({piece["name"]: piece for piece in pieces}.values())
     results, waiting = {}, []
     for piece in pieces:
-        path = args.out / piece["name"] / "result.json"
+        path = result_of(piece, args.out)
         if path.exists():
             results[piece["name"]] = json.loads(path.read_text())
         else:
@@ -260,6 +261,10 @@ def run_all(pieces, args, budget, deadline):
                 done = sum(map(bool, results.values()))
                 print(f"{done} of {len(pieces)}: {piece['name']}  {told}", flush=True)
     return results
+
+
+def result_of(piece, out):
+    return out / piece["name"] / ("result.json" if piece["with_dit"] else "autoencoder.json")
 
 
 @contextlib.contextmanager
@@ -305,7 +310,7 @@ def run_piece(piece, out, budget, deadline):
         images, labels = (torch.from_numpy(array) for array in samples)
         result |= judge_images(images, labels, classifier)
     result["seconds"] = time.time() - started  # of all that, with whatever ran beside it
-    return remembered(folder / "result.json", lambda: result)
+    return remembered(result_of(piece, out), lambda: result)
 
 
 def train_autoencoder(piece, folder, budget):
@@ -543,65 +548,57 @@ def write_tables(out, budget, speed, psnr, best, results):
     held = train_ae.Images(held_out=True)
     pixels = torch.from_numpy(held.files)[..., None].expand(-1, -1, -1, 3)
     real = judge_images(pixels, torch.from_numpy(held.labels), judge)
-    text = [
-        "All measures but L1, PSNR and SSIM are in the feature space of a classifier of digits: FD "
-        "is the Frechet distance of its 128 hidden features, sFD that of 7 of its 8x8 maps, IS has "
-        f"at most 10, accuracy is the share taken for the digit asked for. {budget['samples']:,} "
-        "samples against the training digits; mean, and standard deviation of n runs.",
-    ]
+    seconds = f"{budget['seconds']:g} training seconds"
 
-    header = [
-        "autoencoder",
-        "ms a step",
-        "steps at equal seconds",
-        "learning rate",
-        "PSNR of trials",
-    ]
     rows = []
     for model in NAMES:
         times = dict.fromkeys((speed[model]["first"], speed[model]["second"]))
         steps = steps_for(budget["seconds"], speed[model], budget)
         trials = ", ".join(f"{psnr[model, rate]:.2f}" for rate in budget["rates"])
-        rows.append(
-            [
-                NAMES[model],
-                ", ".join(f"{1000 * t:.1f}" for t in times),
-                " + ".join(map(str, filter(None, steps))),
-                f"x {best[model]:g}",
-                trials,
-            ]
-        )
-    rates = ", ".join(f"{rate:g}" for rate in budget["rates"])
-    text.append(
-        f"**Budget**: {budget['seconds']:g} seconds of training on one thread, or "
-        f"{budget['steps']} steps; learning rates x {rates} of the demo's. VMAE: training and "
-        "tuning of the decoder."
-    )
-    text.append(markdown(header, rows))
+        ms = ", ".join(f"{1000 * t:.1f}" for t in times)
+        taken = " + ".join(map(str, filter(None, steps)))
+        rows.append([NAMES[model], ms, taken, f"x {best[model]:g}", trials])
+    header = ["autoencoder", "ms a step", f"steps in {seconds}", "learning rate", "PSNR of trials"]
+    text = [
+        f"### What was spent, {seconds}",
+        paragraph(
+            f"On one thread; VMAE's include the tuning of its decoder. Learning rates of "
+            f"{', '.join(f'{rate:g}' for rate in budget['rates'])} times the demo's were tried. Two "
+            "times per step are SD-VAE's before and after its discriminator joins, and VMAE's in "
+            "its two stages."
+        ),
+        markdown(header, rows),
+    ]
 
-    for kind, title in (("seconds", "equal training seconds"), ("steps", "equal training steps")):
+    measures = ["gFD", "sFD", "IS", "precision", "recall", "accuracy"]
+    quality = ["PSNR", "SSIM", "rFD"]
+    for kind, title in (("seconds", seconds), ("steps", f"{budget['steps']} training steps")):
         found = {NAMES[m]: runs_of(results, f"{kind}/{m}-") for m in NAMES}
-        text.append(f"**Generation, {title}**")
-        measures = ["gFD", "sFD", "IS", "precision", "recall", "accuracy"]
-        text.append(table(found, measures, last=["held-out digits", real]))
-        text.append(f"**Reconstruction of the held-out digits, {title}**")
-        text.append(table(found, ["L1", "PSNR", "SSIM", "rFD"]))
-        text.append(f"**Smoothness: rFD with noise of eps standard deviations, {title}**")
-        text.append(smoothness(found))
+        text += [
+            f"### Samples and reconstructions, {title}",
+            table(found, [*measures, *quality], last=["held-out digits", real]),
+            f"### Smoothness, {title}",
+            "rFD of decodings with noise of eps standard deviations on the latents.",
+            smoothness(found),
+        ]
 
     found = {}
     for number, row in enumerate(ABLATION):
         name = f"ablation/{number}-" if ABLATION[row] else "seconds/vmae-"
         found[row] = runs_of(results, name)
-    found["+ perceptual"] = []  # LPIPS needs a download
-    text.append(
-        "**Ablation of VMAE, equal training seconds** (LPIPS is left out: it is a download)"
-    )
-    text.append(table(found, ["gFD", "sFD", "IS", "precision", "recall", "accuracy", "PSNR"]))
+    text += [
+        f"### Ablation of VMAE, {seconds}",
+        "Without the paper's last row, LPIPS, which needs a download.",
+        table(found, [*measures, *quality]),
+    ]
 
     text = "\n\n".join(text)
     (out / "tables.md").write_text(text + "\n")
     return text
+
+
+def paragraph(text):
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def runs_of(results, start):
@@ -616,8 +613,9 @@ def table(found, measures, last=None):
         rows.append([name, *cells, len(runs)])
     if last:
         name, values = last
-        rows.append([name, *(mean_and_spread([values[measure]]) for measure in measures), "-"])
-    return markdown(["autoencoder", *measures, "n"], rows)
+        cells = [mean_and_spread([values[m]] if m in values else []) for m in measures]
+        rows.append([name, *cells, "-"])
+    return markdown(["", *measures, "n"], rows)
 
 
 def smoothness(found):
@@ -626,7 +624,7 @@ def smoothness(found):
         columns = zip(*([run["rFD"], *run["rFD at eps"]] for run in runs))
         cells = [mean_and_spread(values) for values in columns] or ["-"] * len(train_ae.EPS)
         rows.append([name, *cells])
-    return markdown(["autoencoder", *(f"eps {eps:g}" for eps in train_ae.EPS)], rows)
+    return markdown(["", *(f"eps {eps:g}" for eps in train_ae.EPS)], rows)
 
 
 def mean_and_spread(values):
@@ -644,8 +642,8 @@ def markdown(header, rows):
 
 
 @torch.no_grad()
-def draw_pictures(out, path):
-    """A row per autoencoder, of the first run at equal seconds: reconstructions, then samples.
+def draw_pictures(folders, path):
+    """A row per autoencoder, of the run in its folder: reconstructions, then samples.
 
     The first row has held-out digits: those reconstructed, then others to compare samples with.
     """
@@ -655,8 +653,7 @@ def draw_pictures(out, path):
     x = torch.from_numpy(held.files[shown]).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     rows = [np.repeat(held.files[np.concatenate([shown, others])][..., None], 3, -1)]
     labels = ["held-out digits"]
-    for model, name in NAMES.items():
-        folder = out / "seconds" / f"{model}-0"
+    for model, folder in folders.items():
         if not (folder / "result.json").exists():
             continue
         tuned = folder / "tuned" / "ckpt.pt"
@@ -665,7 +662,7 @@ def draw_pictures(out, path):
         with np.load(folder / "dit" / "samples.npz") as samples:
             first = [np.flatnonzero(samples["arr_1"] == c)[0] for c in range(10)]
             rows.append(np.concatenate([decoded, samples["arr_0"][first]]))
-        labels.append(name)
+        labels.append(NAMES[model])
     sample.save_grid(path, rows, labels)
 
 

@@ -258,7 +258,7 @@ def tiny_dit(device):
 def flow(net, device, cosine):
     """The loss of a step of train_dit.train, from images that are encoded on the fly."""
     vmae = autoencoder("vmae", device).requires_grad_(False)
-    x1 = ae.Posterior(train_dit.encode(vmae, images(device), 1)).sample()
+    x1 = ae.Posterior(train_dit.encode(vmae, images(device))).sample()
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
     y = torch.where(torch.rand(BATCH, device=device) < 0.1, net.num_classes, labels)
     noise, t = torch.randn(x1.shape, device=device), torch.randn(BATCH, device=device).sigmoid()

@@ -890,13 +890,10 @@ def test_nothing_is_replaced(sets, tmp_path, monkeypatch, flag):
 
 @pytest.mark.parametrize("flag", ["--json", "--save_stats"])
 def test_a_folder_that_is_read_only_is_found_out_before_the_work(tmp_path, monkeypatch, flag):
-    def refuse(dir):
-        raise OSError(30, "Read-only file system", str(dir))
-
-    monkeypatch.setattr(fid.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(fid.os, "access", lambda folder, mode: (folder, mode) != (str(tmp_path), 2))
     monkeypatch.setattr(fid, "evaluate", raising(AssertionError("the work has begun")))
     said = stops(monkeypatch, "ref.npz", "samples.npz", flag, tmp_path / "x")
-    assert said == f"{flag} {tmp_path / 'x'} cannot be written (Read-only file system)."
+    assert f"{tmp_path / 'x'} cannot be written" in said
 
 
 def test_results_appear_whole_or_not_at_all(quick, tmp_path, monkeypatch):
@@ -1069,9 +1066,12 @@ def test_the_command_says_one_sentence_and_exits_with_1(sets, tmp_path, monkeypa
         (f"{ref} --batch 0", ["--batch", "1 or more"]),
         (f"{ref} --batch nan", ["--batch", "nan"]),
         (f"{ref} --workers two", ["--workers", "two"]),
-        (f"{ref} --json {tmp_path}/no/x.json", ["--json", "x.json", "No such"]),
-        (f"{ref} --save_stats {tmp_path}/no/x.npz", ["--save_stats", "x.npz", "No such"]),
-        (f"{ref} --json {tmp_path}/x --save_stats {tmp_path}/./x", ["the same file"]),
+        (f"{ref} --json {tmp_path}/no/x.json", ["x.json cannot be written"]),
+        (f"{ref} --save_stats {tmp_path}/no/x.npz", ["x.npz cannot be written"]),
+        (
+            f"{ref} --json {tmp_path}/x --save_stats {tmp_path}/./x",
+            ["x is there already, or named twice"],
+        ),
         (f"{ref} --half_pixel 2", ["--half_pixel", "0, 1"]),
         (f"{ref} --half 1", ["--half"]),
         (f"{ref} --bogus", ["--bogus"]),
@@ -1182,7 +1182,7 @@ def test_a_path_that_the_terminal_cannot_show_is_shown_somehow(tmp_path, monkeyp
     (tmp_path / "\u0416").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "\u0416" / "x.png")
     with contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO(), "ascii")) as stderr:
-        assert "has 1 image" in stops(monkeypatch, tmp_path / "\u0416", tmp_path)
+        assert "nowhere" in stops(monkeypatch, tmp_path / "\u0416", "nowhere")
         stderr.flush()
         assert b"\\u0416: 1 images" in stderr.buffer.getvalue()
 
@@ -1193,7 +1193,9 @@ def test_half_of_torchruns_variables_are_named(sets, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = stops(monkeypatch, sets / "ref.npz", sets / "ref.npz")
-    assert said.startswith("RANK is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not")
+    assert (
+        said.startswith("RANK is set") and "MASTER_ADDR" in said and "start with torchrun" in said
+    )
 
 
 def test_under_torchrun_one_process_says_what_all_have_seen(sets):
@@ -1228,6 +1230,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_one_process_downloads_and_all_hear_of_it(weights, tmp_path):
     script = tmp_path / "downloads.py"
     names = {"root": str(ROOT), "hub": str(tmp_path / "hub"), "weights": str(weights)}

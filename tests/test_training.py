@@ -17,6 +17,7 @@ from conftest import (
     TINY_VIT,
     difference,
     fails,
+    latents_of,
     launch,
     log_of,
     normal,
@@ -45,7 +46,7 @@ SMALL = "--batch 16 --log_every 1 --ckpt_every 4"
 def tiny_dit(tiny_vmae, tmp_path_factory):
     """The checkpoint of a DiT trained for 8 steps on the digits."""
     out = tmp_path_factory.mktemp("dit")
-    run(train_dit, "--ae", tiny_vmae, "--out", out, SMALL, "--steps 8 --sample_steps 4")
+    run(train_dit, *latents_of(tiny_vmae), "--out", out, SMALL, "--steps 8 --sample_steps 4")
     return out / "ckpt.pt"
 
 
@@ -88,8 +89,8 @@ def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, t
     one, micro, two = tmp_path / "one", tmp_path / "micro", tmp_path / "two"
     # Where a gate of adaLN-Zero is still near zero, a gradient is hardly more than rounding, and
     # Adam moves its weight by the learning rate either way: the demo's would show that alone.
-    flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 2 --lr 1e-4 --ema 0.5")
-    flags += ("--cache", tmp_path / "cache")
+    few = "--steps 6 --sample_steps 2 --lr 1e-4 --ema 0.5"
+    flags = (*latents_of(tiny_vmae), SMALL, few)
     run(train_dit, "--out", one, *flags)
     run(train_dit, "--out", micro, *flags, "--micro_batch 4")
     torchrun(2, "train_dit.py", "--out", two, *flags)
@@ -110,6 +111,7 @@ def test_other_models_end_the_same_with_other_micro_batches(tmp_path, model):
     assert difference(tmp_path / "one", tmp_path / "micro") < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_train_sdvae_with_one_discriminator(tmp_path):
     flags = f"--model sdvae {TINY_CONV} {SMALL} --steps 4 --disc_start 2"
     torchrun(2, "train_ae.py", "--out", tmp_path / "two", flags)
@@ -131,7 +133,7 @@ def test_streams_of_random_numbers_have_different_seeds():
 @pytest.mark.parametrize("model", ["vmae", "sdvae"])
 def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, model, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = f"{tiny(model)} {SMALL} --schedule constant"
+    flags = f"{tiny(model)} {SMALL} --batch 8 --schedule constant"
     run(train_ae, "--out", whole, flags, "--steps 10")
     # A cluster's job script can always carry --resume
     run(train_ae, "--out", cut, flags, "--steps 4 --resume")
@@ -147,7 +149,7 @@ def test_a_resumed_dit_ends_in_the_same_bits_whatever_was_logged_after_the_check
     tmp_path, tiny_vmae
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = ("--ae", tiny_vmae, SMALL, "--sample_steps 2 --schedule constant")
+    flags = (*latents_of(tiny_vmae), SMALL, "--sample_steps 2 --schedule constant")
     run(train_dit, "--out", whole, *flags, "--steps 10 --ema 0.25")
     run(train_dit, "--out", cut, *flags, "--steps 8")
     # As if the run had been killed after step 9, while it wrote the line of step 10
@@ -227,7 +229,7 @@ def test_the_decay_of_the_average_is_the_paper_s_or_what_the_run_has_steps_for(
 
 
 def test_the_average_of_the_weights_has_a_constant_decay(tmp_path, tiny_vmae):
-    flags = ("--ae", tiny_vmae, SMALL, "--ckpt_every 1 --keep_every 1 --sample_steps 1")
+    flags = (*latents_of(tiny_vmae), SMALL, "--ckpt_every 1 --keep_every 1 --sample_steps 1")
     run(train_dit, "--out", tmp_path, *flags, "--steps 2 --ema 0.9")
     key = "final_layer.linear.weight"  # which starts at zero
     first, second = (read(tmp_path / f"ckpt-000000{step}.pt") for step in (1, 2))
@@ -418,6 +420,7 @@ def test_a_gpu_s_defaults_are_what_it_can_do(monkeypatch, capability, dtype):
         assert [args.device, args.dtype, args.compile] == expected
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_said_once_and_leaves_nothing_behind(tmp_path):
     out = tmp_path / "out"
     command, env = launch(3, "train_ae.py", "--out", out, TINY_VIT)
@@ -432,7 +435,7 @@ def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
     # AdamW divides a gradient by its own size: where that is near zero, rounding alone moves a
     # weight by a share of the learning rate. At the demo's 3e-3 it moved 7 weights of 1.3 million
     # by more than 1e-4; at 1e-3 none by more than 1e-6.
-    flags = ("--ae", tiny_vmae, SMALL, "--steps 6 --sample_steps 1 --lr 1e-3")
+    flags = (*latents_of(tiny_vmae), SMALL, "--steps 6 --sample_steps 1 --lr 1e-3")
     run(train_dit, "--out", eager, *flags)
     run(train_dit, "--out", compiled, *flags, "--compile 1")
     assert difference(eager, compiled) < 1e-5
@@ -469,6 +472,7 @@ def test_the_next_image_takes_the_place_of_an_unreadable_one_and_a_hundred_end_t
 # ---- the latent cache ----
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_is_training_on_the_fly_up_to_16_bits_and_any_processes_fill_it(
     tmp_path, folder, tiny_vmae, monkeypatch
 ):
@@ -568,15 +572,15 @@ def test_the_cache_holds_the_moments_of_each_image_and_its_flip(
 
 def test_a_cache_of_another_size_is_refused(tmp_path, folder):
     flags = ("--data", folder, "--workers 0 --batch 8 --steps 1")
-    run(train_ae, "--out", tmp_path / "ae", *flags, "--model ae --image_size 48", TINY_CONV)
+    run(train_ae, "--out", tmp_path / "ae", *flags, "--model ae --image_size 24", TINY_CONV)
     small = ("--cache", tmp_path / "cache", "--model DiT-demo/1 --sample_steps 1 --cfg_scale 1")
     start = ("--ae", tmp_path / "ae" / "ckpt.pt", *flags, *small)
     run(train_dit, "--out", tmp_path / "dit", *start)
     # Latents are of images of the size that the autoencoder was trained at
-    assert read(tmp_path / "dit" / "ckpt.pt")["args"]["image_size"] == 48
-    assert dit.load(tmp_path / "dit" / "ckpt.pt")[0].grid == 24
+    assert read(tmp_path / "dit" / "ckpt.pt")["args"]["image_size"] == 24
+    assert dit.load(tmp_path / "dit" / "ckpt.pt")[0].grid == 12
     message = fails(train_dit, "--out", tmp_path / "b", *start, "--image_size 32")
-    assert "its image_size is 48 and not 32" in message
+    assert "its image_size is 24 and not 32" in message
 
 
 def test_a_latent_beyond_16_bits_is_a_sentence(tmp_path, tiny_vmae):
@@ -647,9 +651,11 @@ def test_fine_tuning_keeps_the_classes_whatever_the_dropout_of_labels(tmp_path, 
 
 
 def test_fine_tuning_takes_the_sizes_of_the_file_and_refuses_others(tmp_path, tiny_vmae, tiny_dit):
-    few = (SMALL, "--steps 1 --sample_steps 1")
-    run(train_dit, "--out", tmp_path / "a", "--ae", tiny_vmae, *few, "--qk_norm 0")
-    run(train_dit, "--out", tmp_path / "b", "--init", tmp_path / "a" / "ckpt.pt", *few)
+    few, latents = (SMALL, "--steps 1 --sample_steps 1"), latents_of(tiny_vmae)
+    run(train_dit, "--out", tmp_path / "a", *latents, *few, "--qk_norm 0")
+    run(
+        train_dit, "--out", tmp_path / "b", "--init", tmp_path / "a" / "ckpt.pt", *few, *latents[2:]
+    )
     assert read(tmp_path / "b" / "ckpt.pt")["args"]["qk_norm"] == 0
     out = ("--out", tmp_path / "out")
     for flag in ("--qk_norm 0", "--model DiT-S/2", "--image_size 64"):
@@ -663,7 +669,7 @@ def test_fine_tuning_takes_the_sizes_of_the_file_and_refuses_others(tmp_path, ti
     run(train_ae, "--out", tmp_path / "four", TINY_VIT, "--latent_dim 4 --steps 1")
     message = fails(train_dit, *start, "--ae", tmp_path / "four" / "ckpt.pt")
     assert "there they have 16 channels on a grid of 4, here 4 on 4" in message
-    run(train_dit, *start, "--ae", tiny_vmae)
+    run(train_dit, *start, *latents)
     new = read(tmp_path / "out" / "ckpt.pt")["model"]
     assert torch.equal(new[TABLE], read(theirs)["ema"][TABLE])
 
@@ -689,7 +695,7 @@ def test_beside_a_dit_that_carries_its_autoencoder_only_a_later_decoder_is_taken
 
 
 def test_numbered_files_of_a_dit_are_checkpoints_like_any_other(tmp_path, tiny_vmae):
-    flags = ("--ae", tiny_vmae, SMALL, "--keep_every 2 --sample_steps 2 --steps 4")
+    flags = (*latents_of(tiny_vmae), SMALL, "--keep_every 2 --sample_steps 2 --steps 4")
     run(train_dit, "--out", tmp_path, *flags)
     paths = [*sorted(tmp_path.glob("ckpt-*")), tmp_path / "ckpt.pt"]
     assert [path.name for path in paths[:2]] == ["ckpt-0000002.pt", "ckpt-0000004.pt"]
@@ -733,7 +739,7 @@ def test_latent_statistics_normalise_each_channel(tiny_vmae):
 
     def load_moments(keys):
         for x, *rest in train_ae.load_batches(dataset, keys, 0, "cpu"):
-            yield train_dit.encode(autoencoder, x, 50), *rest
+            yield train_dit.encode(autoencoder, x), *rest
 
     args = argparse.Namespace(seed=0)
     mean, std = train_dit.latent_statistics(args, images, load_moments, autoencoder)
@@ -1161,7 +1167,7 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence(
     assert "classes, 0 to 9" in fails(sample, *start, "--labels cat")
 
 
-@pytest.mark.parametrize("model", ["vmae", "sdvae"])
+@pytest.mark.parametrize("model", ["vmae", pytest.param("sdvae", marks=pytest.mark.slow)])
 def test_training_with_lpips_logs_it(tmp_path, model, monkeypatch):
     """On a VGG16 of made weights."""
     import torchvision
@@ -1213,7 +1219,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     "model, size",
     [
-        *(("vmae", 24), ("vmae", 40), ("vmae", 136), ("ae", 40), ("ae", 136)),
+        *(("vmae", 24), ("vmae", 40), ("vmae", 136), ("ae", 40), ("ae", 72)),
         pytest.param("vmae", 512, marks=pytest.mark.slow),
     ],
 )
