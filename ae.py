@@ -48,8 +48,7 @@ class UserError(ValueError):
 class Posterior:
     """A diagonal Gaussian over latents, in float32.
 
-    moments: mean and log-variance, stacked along `dim`. Where `deterministic` (AE, DAE, MAE, and
-    any with a KL weight of 0), a sample is the mean.
+    moments: mean and log-variance, stacked along `dim`. If `deterministic`, a sample is the mean.
     """
 
     def __init__(self, moments, deterministic=False, dim=1):
@@ -84,17 +83,15 @@ def kl_unit(logvar, prior_std=1.0, dim=-1):
 class Autoencoder(nn.Module):
     """What the six have in common.
 
-    Of a class: `deterministic`, whether its latent is the posterior's mean, as it also is with a KL
-    weight of 0; `masked`, whether it is a ViT that is trained on visible patches and takes images
-    of one size only; `weights`, the lambda of each term of its objective.
+    Of a class: `weights`, the lambda of each term of its objective; `vit`, whether it is a ViT,
+    which takes images of one size only.
 
     Of an instance: `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a
     latent position; `image_size`, the pixels on a side of the images it was trained on, None if
     that is unknown; `args`, the settings in its file, where `load` made it.
     """
 
-    deterministic = True
-    masked = False
+    vit = False
     weights = {}
 
     def __init__(self, latent_dim, patch_size, image_size, weights):
@@ -102,8 +99,11 @@ class Autoencoder(nn.Module):
         self.latent_dim, self.patch_size, self.image_size = latent_dim, patch_size, image_size
         # Weights that are not given keep the class's values.
         self.weights = self.weights | dict(weights)
-        if self.weights.get("kl") == 0:
-            self.deterministic = True  # as in the release: nothing would hold the variance
+
+    @property
+    def deterministic(self):
+        """Whether the latent is the posterior's mean, as without a KL nothing holds its variance."""
+        return not self.weights.get("kl")
 
     def latent_shape(self, height, width):
         """(C, h, w) of the latents of images of this size; raises UserError if it does not fit."""
@@ -232,7 +232,6 @@ class VAE(AE):
     the 2.8 dB that the paper's VAE (PSNR 29.40) loses to its AE (32.18); see tests/test_vae_kl.py.
     """
 
-    deterministic = False
     weights = {"kl": 1.8e-3, "lpips": 0.0}
 
     def randomness(self, n, size, generator):
@@ -297,8 +296,8 @@ def adversarial_losses(disc, x, x_hat, loss, last_layer, weight=0.5, kind="hinge
     adaptive = adaptive_weight(loss, adv, last_layer)
     disc.requires_grad_(True)
 
-    # D's turn, on the same images (latent diffusion runs the autoencoder again): no gradient reaches
-    # the autoencoder.
+    # D's turn, on the same images (latent diffusion runs the autoencoder again): no gradient
+    # reaches the autoencoder.
     real, fake = disc(x).float(), disc(x_hat.detach()).float()
     loss_d = disc_loss(real, fake, kind)
 
@@ -434,7 +433,7 @@ class MAE(Autoencoder):
     Raises UserError for sizes that do not fit together.
     """
 
-    masked = True
+    vit = True
     weights = {"masked": 1.0, "lpips": 0.0}
 
     def __init__(
@@ -558,8 +557,10 @@ class MAE(Autoencoder):
     def masked_pass(self, x, noise=None, ids_shuffle=None):
         """Encode the visible patches, decode all -> images, posterior, mask.
 
-        The posterior is that of the visible tokens, (B, keep, C); the mask (B, L) is 1 for masked
-        patches, 0 for visible ones.
+        A visible patch becomes a token, its token a latent, drawn from the posterior, and the
+        latent a token of the decoder. A masked patch is not seen: at its position the decoder gets
+        the mask token. The posterior is that of the visible tokens, (B, keep, C); the mask (B, L)
+        is 1 for masked patches, 0 for visible ones.
         """
         if ids_shuffle is None:
             ids_shuffle = torch.rand(len(x), self.grid**2, device=x.device).argsort(1)
@@ -585,12 +586,11 @@ class VMAE(MAE):
 
     L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL.
 
-    The KL draws the variance alone, to prior_std^2. The default weights are the release's: half the
-    loss with lambda_M = lambda_P = 1 and lambda_reg = 2e-6. The last stage, which tunes the
-    decoder on MSE + 10 LPIPS, is the same objective with mask_ratio 0 and other weights.
+    The KL pulls the variance alone, towards prior_std^2. The default weights are the release's:
+    half the loss with lambda_M = lambda_P = 1 and lambda_reg = 2e-6. The last stage, which tunes
+    the decoder on MSE + 10 LPIPS, is the same objective with mask_ratio 0 and other weights.
     """
 
-    deterministic = False
     # The release's script asks for 0.75 visible and never passes it on.
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
 
@@ -727,7 +727,7 @@ def args_of_release(state, name):
 
 
 def modern_name(name):
-    """Today's name of a tensor of diffusers: older files call the maps of attention otherwise."""
+    """Today's name of a tensor of diffusers; older files name the maps of attention differently."""
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     old = "|".join(renamed)
     return re.sub(rf"(?<=attentions\.0\.)({old})(?=\.)", lambda found: renamed[found[0]], name)

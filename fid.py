@@ -65,7 +65,7 @@ METRICS = {
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score
 
-# what Pillow has a suffix for although it is a document, a video or data
+# suffixes of Pillow's that are of documents, videos or data
 NO_PICTURES = {".pdf", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".fli", ".flc"}
 NO_PICTURES |= {".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".iim", ".palm"}
 
@@ -274,10 +274,10 @@ def compute_metrics(net, ref, samples, device):
         last = len(pool) % SPLIT_SIZE
         if len(pool) > SPLIT_SIZE and 0 < last < SPLIT_SIZE / 2:
             note(
-                f"The last split of the Inception Score has {last} of {SPLIT_SIZE} images but counts "
-                "as much as the others, which lowers the score."
+                f"The last split of the Inception Score has {last} of {SPLIT_SIZE} images but "
+                "counts as much as the others, which lowers the score."
             )
-    # The same distance, of other features: pooled ones, or some at all positions of a middle layer.
+    # The same distance of other features: FID's are pooled, sFID's 7 channels of a middle layer.
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if {mu, sigma} <= ref.keys() & samples.keys():
             metrics[name] = frechet_distance(ref[mu], ref[sigma], samples[mu], samples[sigma])
@@ -586,8 +586,8 @@ class InceptionV3(nn.Module):
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (N, 288, 35, 35)
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (N, 768, 17, 17)
 
-            # The evaluator reads the graph's mixed_6/conv: the 1x1 branch of Mixed_6d, whose channels
-            # come first. It keeps the first 7, flattened by height, width and channel.
+            # The evaluator reads the graph's mixed_6/conv: the 1x1 branch of Mixed_6d, whose
+            # channels come first. It keeps the first 7, flattened by height, width and channel.
             spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
 
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (N, 2048, 8, 8)

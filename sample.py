@@ -171,7 +171,7 @@ def check_fit(model, autoencoder, latent_mean, latent_std):
     """Raises UserError if the DiT's latents are not those of the autoencoder and the statistics."""
     size = model.grid * model.patch_size
     wanted = (model.in_channels, size, size)
-    pixels = autoencoder.image_size if autoencoder.masked else size * autoencoder.patch_size
+    pixels = autoencoder.image_size if autoencoder.vit else size * autoencoder.patch_size
     found = autoencoder.latent_shape(pixels, pixels)
     if not (found == wanted and len(latent_mean) == len(latent_std) == model.in_channels):
         raise UserError(
@@ -461,8 +461,8 @@ def leave_processes():
 
 
 def on_rank_0(function, *args):
-    """What function returns, called in the first process alone. Its UserError or OSError is raised
-    in all processes, so that none waits for one that has ended."""
+    """Call a function in the first process, and return its result in all of them. Its UserError or
+    OSError is raised in all, too, so that none waits for one that has ended."""
     result = error = None
     if rank_and_world()[0] == 0:
         try:
@@ -519,7 +519,7 @@ def claim(folder, record):
 
 # Everything random has a key of four numbers: its stream, --seed, and two more where it has them,
 # such as a step or an index. So nothing depends on what was drawn with other keys.
-WEIGHTS, STEP, FLIP, ORDER, CROP, STATISTICS, PICTURE, SAMPLE, LABEL, PERTURBATION = range(10)
+NETWORK, STEP, FLIP, ORDER, CROP, STATISTICS, PICTURE, SAMPLE, LABEL, PERTURBATION = range(10)
 
 
 def seed_of(stream, seed, a=0, b=0):

@@ -46,7 +46,8 @@ from sample import SWITCH, generator, new_parser, number, on_rank_0, rank_and_wo
 # ---- Recipes: how each autoencoder is trained ----
 #
 # [S] supplement  [R] the authors' release  [V] VQGAN and latent diffusion  [O] our choice
-# What a recipe does not set keeps the default of the class in ae.py: sizes, weights of terms.
+# What a recipe does not set keeps the default of the class in ae.py: sizes, weights of terms (for
+# VMAE those of MAE.__init__ and VMAE.weights).
 
 CONV = dict(  # AE, DAE, VAE
     image_size=256,  # [O] pixels on a side
@@ -60,15 +61,15 @@ CONV = dict(  # AE, DAE, VAE
     weight_decay=0.0,  # [O] AdamW
     ckpt_every=200,  # [O] steps; each takes some seconds
 )
-VIT = dict(  # VMAE, and MAE, for which all but [S] is our choice
+VIT = dict(  # VMAE, whose sources these are; that MAE is trained alike is our choice
     image_size=128,  # [R] pixels on a side; --tune_decoder goes on at 256
     mask_ratio=0.6,  # [S] for VMAE: share of the tokens that are masked; the release has 0.25
     epochs=400,  # [R]
     warmup=10,  # [R] epochs in which the learning rate rises from 0
-    schedule="cosine",  # [R]
-    batch=2048,  # [S]
-    micro_batch=128,  # [O]
-    base_lr=1e-4,  # [S] learning rate at batch 256, so 8e-4
+    schedule="cosine",  # [R] half of one, to 0, after the warm-up
+    batch=2048,  # [S] images per optimiser step, over all processes
+    micro_batch=128,  # [O] images per process at once
+    base_lr=1e-4,  # [S] learning rate at batch 256, scaled with the batch [R]: here 8e-4
     betas=[0.9, 0.95],  # [R] AdamW
     weight_decay=0.05,  # [R] of matrices and the mask token
     ckpt_every=500,  # [O]
@@ -116,7 +117,7 @@ RECIPES = {
     ),
 }
 
-# What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
+# What the demo changes, to take minutes on a laptop; all of it is our choice.
 DEMO_CONV = dict(
     image_size=32,
     channels=[32, 32, 64, 64],
@@ -215,7 +216,11 @@ def parse_args():
     add("--visible", type=number(float, 0), help="weight of the visible patches' MSE")
     add("--masked", type=number(float, 0), help="weight of the masked patches' MSE")
     add("--kl", type=number(float, 0), help="weight of the KL")
-    add("--prior_std", type=number(float, 1e-9), help="std that the KL draws to (release: 1e-3)")
+    add(
+        "--prior_std",
+        type=number(float, 1e-9),
+        help="std that the KL pulls towards (release: 1e-3)",
+    )
     add("--lpips", type=number(float, 0), help="weight of LPIPS; above 0 it needs VGG16")
     add("--disc_weight", type=number(float, 0), help="lambda_D, times the adaptive weight")
     add("--disc_start", type=number(int, 1), help="first step with the adversarial term")
@@ -280,7 +285,7 @@ def train(args):
     warmup_steps = args.warmup * len(images) / args.batch
 
     # The network; LPIPS, if it is a term; the discriminator of eq. 6.
-    torch.manual_seed(sample.seed_of(sample.WEIGHTS, args.seed))  # the same in every process
+    torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
     net = build(args).to(device)
     perceptual = perceptual_loss(device) if vars(args).get("lpips") else None
     optimizers = [make_optimizer(net, args)]
@@ -398,7 +403,7 @@ def build(args):
     if args.init:
         start = ae.load(args.init)
         state = start.state_dict()
-        if start.masked and net.masked:
+        if start.vit and net.vit:
             state = ae.resize_positions(state, net.grid)
         try:
             net.load_state_dict(state)
@@ -408,9 +413,9 @@ def build(args):
                 f"{start.args['model']}"
             ) from error
     if args.tune_decoder:
-        # Here the KL has no weight, and the latent is the posterior's mean. args.kl, which goes into
-        # the checkpoint, stays the first stage's: it tells the DiT to sample the posterior.
-        net.weights["kl"], net.deterministic = 0.0, True
+        # Without its weight there is no KL, and the latent is the posterior's mean. args.kl, which
+        # goes into the checkpoint, stays the first stage's: it tells the DiT to sample the posterior.
+        net.weights["kl"] = 0.0
         net.mask_token.requires_grad_(False)  # nothing is masked
         if args.freeze_encoder:
             for name in net.encoder_state():
@@ -480,7 +485,7 @@ def save_reconstructions(args, net, x):
     # A copy is not compiled, so that the pictures' batch does not compile everything once more.
     net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
-    if net.masked and args.mask_ratio > 0:
+    if net.vit and args.mask_ratio > 0:
         rng = generator(x.device, sample.PICTURE, args.seed)
         randomness = net.randomness(len(x), net.image_size, rng)
         prediction, _, mask = net.masked_pass(x, **randomness)
@@ -496,7 +501,7 @@ def save_reconstructions(args, net, x):
 # Shared with train_dit.py: flags, the start of a run, its steps, its log and checkpoints
 # =================================================================================================
 
-# Settings that a run may go on with when they have changed.
+# Settings that may change on --resume.
 FREE = {
     *("resume", "data", "cache", "out", "device", "dtype", "compile", "workers", "micro_batch"),
     *("log_every", "ckpt_every", "keep_every", "base_lr", "lr", "grad_clip"),
@@ -637,7 +642,7 @@ def claim_out(args):
 def changed_settings(args, images, ckpt):
     """The settings of FREE that differ from those of the run of ckpt, as flags. Raises UserError if
     others differ, or the images."""
-    # A longer run of a constant learning rate begins like a shorter one.
+    # With a constant learning rate a longer run begins like a shorter one (if --ema is the same).
     free = FREE | {"steps"} if args.schedule == "constant" else FREE
     saved, now = ckpt["args"], vars(args)
     changed = [name for name in now if now[name] != saved.get(name)]
@@ -732,7 +737,7 @@ def log(args, step, history, lr, images_per_s, skipped_in_row):
 
 
 def save(args, step, images, numbered, content):
-    """Write ckpt.pt, and first, where it is to stay, a numbered checkpoint of the same content."""
+    """Write ckpt.pt, and before it, if `numbered`, a checkpoint of the same content that stays."""
     # args: --resume compares them; ae.load and --init read the network's sizes, sample.py its
     # defaults. images: --resume compares them.
     ckpt = {"step": step, "args": vars(args), "images": images.fingerprint(), **content}
@@ -764,7 +769,7 @@ class Images:
         sheet = Image.open(os.path.join(os.path.dirname(__file__), "assets", "digits.png"))
         tiles = np.asarray(sheet).reshape(50, 28, 100, 28).swapaxes(1, 2).reshape(10, 500, 28, 28)
         tiles = tiles[:, 450:] if held_out else tiles[:, :450]
-        self.files = np.pad(tiles.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+        self.pixels = np.pad(tiles.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
         self.labels = np.arange(10).repeat(tiles.shape[1])
         self.classes = list("0123456789")
         self.passed_over = 0
@@ -797,14 +802,15 @@ class Images:
 
     def fingerprint(self):
         """16 hexadecimal digits that tell the images from others by their names in the folder."""
-        return hashlib.sha256(self.files.tobytes()).hexdigest()[:16]
+        content = self.pixels if self.digits else self.files
+        return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
     def __len__(self):
-        return len(self.files)
+        return len(self.labels)
 
     def __getitem__(self, index):
         if self.digits:
-            return Image.fromarray(self.files[index]).convert("RGB")
+            return Image.fromarray(self.pixels[index]).convert("RGB")
         image = fid.read_image(self.path(index))
         if max(image.size) > 50 * min(image.size):
             raise fid.UserError(f"{self.path(index)} is a strip, of which a crop shows nothing")
@@ -868,8 +874,8 @@ def training_order(args, n, slices, first_step):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Micro-batches by their keys [(index, epoch, flip), ...]: pixels (B, 3, S, S), labels (B,), and
-    flags (B,), 1 where an unreadable image was replaced by the next one.
+    """Micro-batches by their keys [(index, epoch, flip), ...]: pixels (B, 3, S, S), labels (B,),
+    and flags (B,), 1 where an unreadable image was replaced by the next one.
 
     transform(image, index, epoch, flip) -> (3, S, S), uint8 or float in [-1, 1]. Raises UserError
     after 100 unreadable images in a row; strict: at the first.

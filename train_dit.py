@@ -43,7 +43,7 @@ RECIPE = dict(
     class_dropout=0.1,  # [R] share of the labels replaced by the null class
     cosine_loss=0,  # [R] LightningDiT's default is 1, the release's logs have it off
     steps=100_000,  # [S] 60,000 for CelebA-HQ
-    # [S] images per optimiser step, over all processes; so do four of the release's logs, while its
+    # [S] images per optimiser step, over all processes; four of the release's logs agree, its
     # settings and its only log with losses say 256
     batch=1024,
     micro_batch=32,  # [O] images per process at once, the rest is gradient accumulation
@@ -59,7 +59,7 @@ RECIPE = dict(
     shift=dit.SAMPLING["shift"],
 )
 
-# What the demo does otherwise, to take minutes on a laptop; all of it is our choice.
+# What the demo changes, to take minutes on a laptop; all of it is our choice.
 DEMO = dict(
     out="out/demo/dit",
     model="DiT-demo/1",
@@ -136,8 +136,8 @@ def train(args):
     slices = train_ae.resolve(args, rank, world, device)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.ema is None:
-        # [R] 0.9999; a run of fewer than 60,000 steps gets less, so that its first weights, too, end
-        # with a share of e^-6 in the average.
+        # [R] 0.9999 from 60,000 steps on. A shorter run gets a smaller decay, so that its initial
+        # weights, too, have faded to a share of e^-6 at its end.
         args.ema = max(0.0, min(0.9999, 1 - 6 / args.steps))
     guidance = num_classes > 1 and args.class_dropout > 0
     if args.cfg_scale is None:
@@ -153,7 +153,7 @@ def train(args):
     channels, size, _ = autoencoder.latent_shape(args.image_size, args.image_size)
 
     # The network, the average of its weights, the optimiser.
-    torch.manual_seed(sample.seed_of(sample.WEIGHTS, args.seed))  # the same in every process
+    torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
     net = dit.DiT_models[args.model](
         input_size=size,
         in_channels=channels,
@@ -263,17 +263,17 @@ def train(args):
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
             saving = time.time()
             ckpt = {
-                # Read by --resume alone:
-                "model": net.state_dict(),
+                "model": net.state_dict(),  # for --resume, as is the optimiser
                 "optimizer": optimizer.state_dict(),
-                # By dit.load, sample.py and --init, too:
-                "ema": ema.state_dict(),
-                "class_names": images.classes,
-                "latent_mean": latent_mean.flatten(),
+                "ema": ema.state_dict(),  # what is sampled; all of these are for --init, too
+                "class_names": images.classes,  # for sample.py --labels
+                "latent_mean": latent_mean.flatten(),  # for sample.py, like the next two
                 "latent_std": latent_std.flatten(),
                 "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
             }
-            train_ae.save(args, step, images, numbered, ckpt)  # adds step, args and images
+            # save adds "step" and "images", their fingerprint, for --resume; and "args", for
+            # --resume to compare, for the defaults of sample.py and for the sizes of --init.
+            train_ae.save(args, step, images, numbered, ckpt)
             if numbered or step == args.steps:
                 save_samples(args, (ema, autoencoder, latent_mean, latent_std), images.classes)
             clock += time.time() - saving  # speed is that of training

@@ -440,7 +440,7 @@ class Classifier(nn.Module):
 def digits(held_out):
     """The bundled digits (N, 1, 32, 32) in [0, 1], with their labels."""
     images = train_ae.Images(None, held_out)
-    return torch.from_numpy(images.files).float()[:, None] / 255, torch.from_numpy(images.labels)
+    return torch.from_numpy(images.pixels).float()[:, None] / 255, torch.from_numpy(images.labels)
 
 
 def grey(images):
@@ -546,7 +546,7 @@ def write_tables(out, budget, speed, psnr, best, results):
     """tables.md: a Markdown text with what was spent and what came of it."""
     judge = load_classifier(out)
     held = train_ae.Images(held_out=True)
-    pixels = torch.from_numpy(held.files)[..., None].expand(-1, -1, -1, 3)
+    pixels = torch.from_numpy(held.pixels)[..., None].expand(-1, -1, -1, 3)
     real = judge_images(pixels, torch.from_numpy(held.labels), judge)
     seconds = f"{budget['seconds']:g} training seconds"
 
@@ -650,8 +650,8 @@ def draw_pictures(folders, path):
     held = train_ae.Images(held_out=True)
     per_class = len(held) // 10
     shown, others = (np.arange(10) * per_class + k for k in (0, 1))
-    x = torch.from_numpy(held.files[shown]).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
-    rows = [np.repeat(held.files[np.concatenate([shown, others])][..., None], 3, -1)]
+    x = torch.from_numpy(held.pixels[shown]).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+    rows = [np.repeat(held.pixels[np.concatenate([shown, others])][..., None], 3, -1)]
     labels = ["held-out digits"]
     for model, folder in folders.items():
         if not (folder / "result.json").exists():

@@ -320,6 +320,7 @@ def hub(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::torchvision", "ignore:::lpips")  # which load the old way
 def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval_mode(hub):
     import lpips

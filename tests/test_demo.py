@@ -18,8 +18,8 @@ def test_the_bundled_digits_are_500_of_each_and_50_of_each_are_held_out():
     train, held = train_ae.Images(None), train_ae.Images(None, held_out=True)
     assert np.bincount(train.labels).tolist() == [450] * 10
     assert np.bincount(held.labels).tolist() == [50] * 10
-    seen = {image.tobytes() for image in train.files}
-    assert not any(image.tobytes() in seen for image in held.files)
+    seen = {image.tobytes() for image in train.pixels}
+    assert not any(image.tobytes() in seen for image in held.pixels)
     image = np.asarray(train[0])
     assert image.shape == (32, 32, 3) and not image[:2].any() and not image[:, -2:].any()
 

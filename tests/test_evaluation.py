@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, read, run, size_of, torchrun
+from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, read, run, size_of, together
 from PIL import Image
 
 import ae
@@ -341,7 +341,7 @@ def test_quality_smoothness_and_compression_are_the_same_on_two_processes(tmp_pa
     start = ("--eval --ckpt", tiny_vmae, "--masks", masks)
     flags = ("--data", data, "--workers 0 --micro_batch 8")
     run(train_ae, *start, "--out", tmp_path / "one", *flags)
-    torchrun(2, "train_ae.py", *start, "--out", tmp_path / "two", *flags)
+    together(2, "train_ae.py", *start, "--out", tmp_path / "two", *flags)
     one, two = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
     assert abs(one["sigma2"] - two["sigma2"]) < 1e-9 and abs(one["rho"] - two["rho"]) < 1e-9
     for key in ("L1", "PSNR", "SSIM"):

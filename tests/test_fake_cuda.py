@@ -34,7 +34,7 @@ WAITS = DataDependentOutputException, DynamicOutputShapeException
 SIZE, BATCH = 32, 2
 CONV = {"channels": (32, 32), "latent_dim": 4}
 VIT = {"image_size": SIZE, "hidden_size": 32, "depth": 1, "decoder_depth": 1, "num_heads": 2}
-TINY = {name: VIT if model.masked else CONV for name, model in ae.MODELS.items()}
+TINY = {name: VIT if model.vit else CONV for name, model in ae.MODELS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def draws(net, device):
     """The random arguments of forward: the shapes of randomness(), drawn on the device."""
     on_cpu = net.randomness(BATCH, SIZE, torch.Generator("cpu"))
     drawn = {name: torch.empty_like(value, device=device) for name, value in on_cpu.items()}
-    assert "ids_shuffle" in drawn or not net.masked
+    assert "ids_shuffle" in drawn or not net.vit
     return drawn
 
 

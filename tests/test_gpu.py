@@ -90,7 +90,7 @@ def small_net():
 
     def make(name, **more):
         vit = {"image_size": 32, "hidden_size": 32, "depth": 1, "decoder_depth": 1, "num_heads": 2}
-        sizes = vit if ae.MODELS[name].masked else {"channels": (32, 32)}
+        sizes = vit if ae.MODELS[name].vit else {"channels": (32, 32)}
         net = fill(ae.MODELS[name](**sizes, **more), 0)
         draws = net.randomness(4, 32, torch.Generator().manual_seed(0))
         return net, normal(1, 4, 3, 32, 32).clamp(-1, 1), draws

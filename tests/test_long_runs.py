@@ -27,7 +27,7 @@ from conftest import (
     read,
     run,
     tiny,
-    torchrun,
+    together,
     without_times,
 )
 from PIL import Image
@@ -236,7 +236,7 @@ for i in range(500):
 if rank == 0:
     print("left", i + 1, "times")
 """)
-    assert "left 500 times" in torchrun(2, driver)
+    assert "left 500 times" in together(2, driver)
 
 
 # ---- steps: not finite ones, gradients, what the log says ----
@@ -598,6 +598,7 @@ def test_no_path_found_in_a_file_is_opened(tmp_path, tiny_vmae, folder):
 # ---- reproducible ----
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_training_sampling_and_evaluation(tmp_path, folder):
     weights, samples, pictures, tables = [], [], [], []
     for name in ("a", "b"):

@@ -22,7 +22,7 @@ def few_digits(monkeypatch):
     def read_few(images, held_out):
         read(images, held_out)
         every = 25 if held_out else 90
-        images.files, images.labels = images.files[::every], images.labels[::every]
+        images.pixels, images.labels = images.pixels[::every], images.labels[::every]
 
     monkeypatch.setattr(train_ae.Images, "read_digits", read_few)
 

@@ -25,7 +25,7 @@ from conftest import (
     run,
     size_of,
     tiny,
-    torchrun,
+    together,
     without_times,
 )
 from PIL import Image
@@ -74,7 +74,7 @@ def test_vmae_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path):
     flags = f"{TINY_VIT} {SMALL} --steps 6"
     run(train_ae, "--out", one, flags)
     run(train_ae, "--out", micro, flags, "--micro_batch 4")
-    torchrun(2, "train_ae.py", "--out", two, flags, "--micro_batch 4")
+    together(2, "train_ae.py", "--out", two, flags, "--micro_batch 4")
     for other in (micro, two):
         assert difference(one, other) < 1e-5
         for a, b in zip(log_of(one), log_of(other)):
@@ -93,7 +93,7 @@ def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, t
     flags = (*latents_of(tiny_vmae), SMALL, few)
     run(train_dit, "--out", one, *flags)
     run(train_dit, "--out", micro, *flags, "--micro_batch 4")
-    torchrun(2, "train_dit.py", "--out", two, *flags)
+    together(2, "train_dit.py", "--out", two, *flags)
     for other in (micro, two):
         assert difference(one, other) < 1e-5
         assert difference(one, other, "ema") < 1e-5
@@ -114,7 +114,7 @@ def test_other_models_end_the_same_with_other_micro_batches(tmp_path, model):
 @pytest.mark.slow
 def test_two_processes_train_sdvae_with_one_discriminator(tmp_path):
     flags = f"--model sdvae {TINY_CONV} {SMALL} --steps 4 --disc_start 2"
-    torchrun(2, "train_ae.py", "--out", tmp_path / "two", flags)
+    together(2, "train_ae.py", "--out", tmp_path / "two", flags)
     terms = log_of(tmp_path / "two")
     assert "adv" not in terms[0] and {"adv", "disc", "adaptive", "real", "fake"} <= terms[1].keys()
     assert all(np.isfinite(value) for line in terms for value in line.values())
@@ -395,8 +395,8 @@ def test_compiled_training_is_eager_training(tmp_path, model, tiny_vmae):
 def test_compiled_training_in_two_processes_is_eager_training(tmp_path):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     flags = f"{TINY_VIT} {SMALL} --steps 6"
-    torchrun(2, "train_ae.py", "--out", eager, flags)
-    torchrun(2, "train_ae.py", "--out", compiled, flags, "--compile 1")
+    together(2, "train_ae.py", "--out", eager, flags)
+    together(2, "train_ae.py", "--out", compiled, flags, "--compile 1")
     assert difference(eager, compiled) < 1e-4
 
 
@@ -502,7 +502,7 @@ train_dit.main()
         return "--out", tmp_path / name, "--cache", tmp_path / f"{name}-cache"
 
     run(train_dit, *place("one"), *flags)
-    torchrun(2, driver, *place("two"), *flags)
+    together(2, driver, *place("two"), *flags)
     command, env = launch(2, driver, *place("killed"), *flags)
     done = subprocess.run(command, env=env | {"KILL": "1"}, capture_output=True, timeout=120)
     assert done.returncode != 0 and not (tmp_path / "killed-cache" / "moments-00003.npy").exists()
@@ -743,7 +743,7 @@ def test_latent_statistics_normalise_each_channel(tiny_vmae):
 
     args = argparse.Namespace(seed=0)
     mean, std = train_dit.latent_statistics(args, images, load_moments, autoencoder)
-    x = torch.from_numpy(images.files).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+    x = torch.from_numpy(images.pixels).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     z = torch.cat([autoencoder.encode(part).sample() for part in x.split(500)])
     torch.testing.assert_close(mean, z.mean((0, 2, 3)), rtol=0.02, atol=0.02)
     torch.testing.assert_close(std, z.std((0, 2, 3)), rtol=0.02, atol=0.02)
@@ -766,7 +766,7 @@ def test_sample_i_depends_on_seed_and_i_alone(tmp_path, tiny_dit):
     flags = ("--ckpt", tiny_dit, "--steps 4")
     run(sample, "--out", tmp_path / "a", *flags, "--num 40")
     run(sample, "--out", tmp_path / "b", *flags, "--num 24 --batch 5")
-    torchrun(2, "sample.py", "--out", tmp_path / "c", *flags, "--num 40")
+    together(2, "sample.py", "--out", tmp_path / "c", *flags, "--num 40")
     run(sample, "--out", tmp_path / "d", *flags, "--num 24 --seed 1")
     images, labels = zip(*(samples_of(tmp_path / name) for name in ("a", "b", "c", "d")))
     assert images[0].shape == (40, 32, 32, 3)
@@ -838,7 +838,7 @@ def test_what_is_there_is_not_drawn_again_and_other_settings_are_refused(
 def test_npz_packs_exactly_the_files_in_their_order(tmp_path, tiny_dit):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ("--ckpt", tiny_dit, "--steps 2 --num 20")
-    torchrun(2, "sample.py", "--out", two, *flags, "--npz")
+    run(sample, "--out", two, *flags, "--npz")
     run(sample, "--out", one, *flags)
     # What is packed is read from the files
     Image.new("RGB", (32, 32), "white").save(next((one / "samples").glob("000004-*.png")))

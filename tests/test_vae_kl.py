@@ -91,7 +91,7 @@ def test_the_linear_vae_s_kl_is_that_of_ae_py():
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs the photographs of ../shared/data")
 def test_vae_s_kl_weight_costs_a_linear_vae_of_photographs_the_paper_s_decibels():
     images = train_ae.Images(PHOTOS)
-    images.files = images.files[::6]
+    images.files, images.labels = images.files[::6], images.labels[::6]
     # The VAE is trained on random crops and judged on the paper's crop, which is smoother.
     training = spectrum(images, functools.partial(train_ae.augment, 256, 0))
     judged = spectrum(images, functools.partial(train_ae.crop_for_judging, 256))
