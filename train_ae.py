@@ -759,6 +759,7 @@ class Images:
 
     def __init__(self, folder=None, held_out=False):
         self.folder, self.digits = folder, folder is None
+        self.unreadable = set()  # images that have been named in a warning
         if self.digits:
             self.read_digits(held_out)
         else:
@@ -883,7 +884,6 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, images, transform, strict=False):
         self.images, self.transform, self.strict = images, transform, strict
-        self.named = set()  # unreadable images, each of which is named once
 
     def read(self, index):
         """The image with this index or the next one that can be read, with its index."""
@@ -894,8 +894,8 @@ class Batches(torch.utils.data.Dataset):
             except fid.UserError as error:
                 if self.strict:
                     raise
-                if place not in self.named:
-                    self.named.add(place)
+                if place not in self.images.unreadable:
+                    self.images.unreadable.add(place)
                     print(
                         f"warning: the next image takes the place of this: {error}", file=sys.stderr
                     )
