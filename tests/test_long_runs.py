@@ -97,7 +97,7 @@ def test_runs_killed_at_random_steps_end_in_the_same_bits(tmp_path, model, proce
     if model == "dit":
         command = ("train_dit.py", DIT, "--ckpt_every 3 --steps 40 --resume --ae", tiny_vmae)
     else:
-        settings = "--ckpt_every 2 --schedule constant --warmup 0 --steps 40 --resume"
+        settings = "--batch 8 --ckpt_every 2 --schedule constant --warmup 0 --steps 40 --resume"
         command = ("train_ae.py", tiny(model), SMALL, settings)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ends_well(start(processes, *command, "--out", whole))
