@@ -52,6 +52,7 @@ def test_mfu_is_the_model_s_flops_over_the_gpu_s_peak(monkeypatch, capsys):
     assert "mfu" not in line_on("Tesla V100-SXM2-16GB", "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, passes", [("vmae", 3), ("sdvae", 4)])
 def test_flops_of_training_with_lpips_are_vgg_16_s_more(model, passes):
     vit = {"image_size": 32, "hidden_size": 32, "depth": 1, "decoder_depth": 1, "num_heads": 2}

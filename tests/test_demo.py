@@ -27,7 +27,7 @@ def test_the_bundled_digits_are_500_of_each_and_50_of_each_are_held_out():
 @pytest.mark.parametrize("model", ["ae", "dae", "vae", "sdvae", "mae"])
 def test_each_of_the_other_autoencoders_learns_in_the_demo(tmp_path, model):
     sizes = TINY_VIT if model == "mae" else "--channels 32 32 32"
-    flags = "--steps 40 --batch 4 --image_size 24 --base_lr 0.064 --warmup 0.01 --log_every 1"
+    flags = "--steps 30 --batch 4 --image_size 24 --base_lr 0.064 --warmup 0.01 --log_every 1"
     run(train_ae, "--out", tmp_path, f"--model {model} {sizes} {flags}")
     losses = [line.get("recon", line.get("masked")) for line in log_of(tmp_path)]
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])

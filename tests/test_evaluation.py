@@ -216,8 +216,8 @@ def test_eval_prints_a_row_a_checkpoint_ours_or_the_authors(tmp_path, folder, ca
     assert saved["crop"] == rows[0]["crop"] == "ADM"
     images = train_ae.Images(folder / "ants")
     crops = np.stack([np.asarray(train_ae.center_crop(images[i], 32)) for i in range(len(images))])
-    x = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.no_grad():  # 16 at once, as the command does: more are rounded otherwise
+    x = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    with torch.no_grad():  # 16 at once, as in the command: others are rounded differently
         x_hat = torch.cat([vmae.decode(vmae.encode(part).mode()) for part in x.split(16)])
     mse = ((sample.to_uint8(x_hat).astype(float) - crops) ** 2).mean((1, 2, 3))
     assert abs(saved["PSNR"] - (10 * np.log10(255**2 / mse)).mean()) < 1e-6

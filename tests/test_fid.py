@@ -562,7 +562,8 @@ def test_stored_statistics_go_before_those_of_the_images(quick, sets, tmp_path):
     assert both["Precision"] == apart["Precision"]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_gives_the_same(result, weights, sets, ranks):
     # 11 and 9 images in batches of 4: three batches, so that of four ranks one has none
     args = (sets / "ref.npz", sets / "samples", "--inception", weights)
@@ -1330,6 +1331,7 @@ def peak_growth(body):
     return float(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_npz_streams_through_little_memory(tmp_path):
     images = np.zeros((1200, 256, 256, 3), np.uint8)  # 225 MiB
     images[:, ::8] = 200

@@ -107,6 +107,7 @@ def work_for_a_minute(path):
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_workers_and_not_their_piece_alone(tmp_path):
     pieces = [tmp_path / str(number) for number in range(6)]
 

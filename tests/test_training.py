@@ -130,7 +130,7 @@ def test_streams_of_random_numbers_have_different_seeds():
 # ---- resume ----
 
 
-@pytest.mark.parametrize("model", ["vmae", "sdvae"])
+@pytest.mark.parametrize("model", ["vmae", pytest.param("sdvae", marks=pytest.mark.slow)])
 def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, model, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = f"{tiny(model)} {SMALL} --batch 8 --schedule constant"
