@@ -376,7 +376,7 @@ def test_the_gradient_norm_is_that_of_all_gradients_and_clipping_scales_them(
             assert abs(log_of(out)[-1]["grad_norm"] - norm) < 1e-5 * norm
 
 
-@pytest.mark.parametrize("model", ["vmae", "sdvae"])
+@pytest.mark.parametrize("model", ["vmae", pytest.param("sdvae", marks=pytest.mark.slow)])
 def test_the_log_says_means_since_its_last_line(tmp_path, monkeypatch, model):
     """One step of VMAE is not finite; SD-VAE's adversarial terms begin at the third."""
     flags = f"{tiny(model)} --batch 4 --micro_batch 2 --warmup 0 --steps 8"
