@@ -90,10 +90,11 @@ def content(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("model", ["vmae", "sdvae", "dit"])
+@pytest.mark.parametrize(
+    "model, processes", [("vmae", 1), ("vmae", 2), ("sdvae", 2), ("dit", 1), ("dit", 2)]
+)
 def test_runs_killed_at_random_steps_end_in_the_same_bits(tmp_path, model, processes, tiny_vmae):
-    """The same command begins the run and goes on with it after each of 20 kills in all."""
+    """The same command begins the run and goes on with it after each of 17 kills in all."""
     if model == "dit":
         command = ("train_dit.py", DIT, "--ckpt_every 3 --steps 40 --resume --ae", tiny_vmae)
     else:
@@ -225,7 +226,7 @@ import torch.distributed as dist
 import {module}
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 file = dist.FileStore({str(tmp_path / "store")!r}, world)
-for i in range(500):
+for i in range(300):
     faulthandler.dump_traceback_later(60, exit=True)  # how a hang ends
     store = dist.PrefixStore(str(i), file)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -236,7 +237,7 @@ for i in range(500):
 if rank == 0:
     print("left", i + 1, "times")
 """)
-    assert "left 500 times" in together(2, driver)
+    assert "left 300 times" in together(2, driver)
 
 
 # ---- steps: not finite ones, gradients, what the log says ----
