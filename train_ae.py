@@ -146,7 +146,8 @@ DEMO = {
     "ae": DEMO_CONV,
     "dae": DEMO_CONV,
     "vae": DEMO_CONV,
-    "sdvae": DEMO_CONV | dict(disc_start=301),
+    # At lambda_D = 0.5 the adversarial term undoes what so short a run has learned.
+    "sdvae": DEMO_CONV | dict(betas=[0.5, 0.9], disc_start=301, disc_weight=0.1),
     "mae": DEMO_VIT,
     "vmae": DEMO_VIT,
     "tune": dict(
