@@ -37,7 +37,7 @@ def test_each_of_the_other_autoencoders_learns_in_the_demo(tmp_path, model):
 @pytest.mark.slow
 def test_the_demo_draws_digits_of_the_class_asked_for_varied_and_not_copied(tmp_path):
     commands = ("train_ae.py", "train_ae.py --tune_decoder", "train_dit.py", "sample.py")
-    for line in (*commands, "sample.py --num 1000 --npz"):
+    for line in (*commands, "sample.py --num 2000 --npz"):
         script, *flags = line.split()
         command = [sys.executable, ROOT / script, *flags]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
