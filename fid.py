@@ -137,9 +137,9 @@ def parse_args():
     targets = [os.path.abspath(file) for file in (args.json, args.save_stats) if file]
     for file in targets:
         if os.path.lexists(file) or targets.count(file) > 1:
-            parser.error(f"{file} is there already, or named twice: name another file")
+            raise UserError(f"{file} is there already, or named twice; name another file.")
         if not os.access(os.path.dirname(file), os.W_OK):
-            parser.error(f"{file} cannot be written: its folder is missing or read-only")
+            raise UserError(f"{file} cannot be written: its folder is missing or read-only.")
     return args
 
 

@@ -61,9 +61,9 @@ CONV = dict(  # AE, DAE, VAE
     weight_decay=0.0,  # [O] AdamW
     ckpt_every=200,  # [O] steps; each takes some seconds
 )
-VIT = dict(  # VMAE, whose sources these are; that MAE is trained alike is our choice
+VIT = dict(  # VMAE; that MAE is trained in the same way is our choice
     image_size=128,  # [R] pixels on a side; --tune_decoder goes on at 256
-    mask_ratio=0.6,  # [S] for VMAE: share of the tokens that are masked; the release has 0.25
+    mask_ratio=0.6,  # [S] share of the tokens that are masked; the release has 0.25
     epochs=400,  # [R]
     warmup=10,  # [R] epochs in which the learning rate rises from 0
     schedule="cosine",  # [R] half of one, to 0, after the warm-up

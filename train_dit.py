@@ -263,16 +263,18 @@ def train(args):
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
             saving = time.time()
             ckpt = {
-                "model": net.state_dict(),  # for --resume, as is the optimiser
+                # For --resume:
+                "model": net.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "ema": ema.state_dict(),  # what is sampled; all of these are for --init, too
-                "class_names": images.classes,  # for sample.py --labels
-                "latent_mean": latent_mean.flatten(),  # for sample.py, like the next two
+                # For sample.py and --init, which read them with dit.load, and for --resume:
+                "ema": ema.state_dict(),
+                "class_names": images.classes,
+                "latent_mean": latent_mean.flatten(),
                 "latent_std": latent_std.flatten(),
                 "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
             }
-            # save adds "step" and "images", their fingerprint, for --resume; and "args", for
-            # --resume to compare, for the defaults of sample.py and for the sizes of --init.
+            # save adds "step" and the fingerprint of the images, for --resume, and "args": --resume
+            # compares them, sample.py finds its defaults there, and --init the network's sizes.
             train_ae.save(args, step, images, numbered, ckpt)
             if numbered or step == args.steps:
                 save_samples(args, (ema, autoencoder, latent_mean, latent_std), images.classes)

@@ -847,7 +847,7 @@ def head():
         for package in packages
         if importlib.util.find_spec(package.replace("-", "_"))
     ]
-    device = (
+    missing = (
         "" if CUDA else "- *Not measured*: GPUs, nor the memory of the paper's micro-batches.\n"
     )
     return f"""# Throughput
@@ -860,7 +860,7 @@ of the rate of square matrix products, which convolutions can exceed.
 - *Machine*: {machine()}
 - *Versions*: {", ".join(versions)}
 - *Date*: {time.strftime("%Y-%m-%d")}, commit {commit or "unknown"}
-{device}
+{missing}
 | work | ours | peer | ratio | TFLOP/s | share of products | peak memory |
 {"|---" * 7}|"""
 
