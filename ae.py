@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """The user's mistake, or the machine's limit: the message is the one sentence that they see."""
+    """A mistake or a limit that the user can do something about; they see only the message."""
 
 
 class Posterior:
@@ -83,12 +83,12 @@ def kl_unit(logvar, prior_std=1.0, dim=-1):
 class Autoencoder(nn.Module):
     """What the six have in common.
 
-    Of a class: `weights`, the lambda of each term of its objective; `vit`, whether it is a ViT,
-    which takes images of one size only.
+    Attributes of the class: `weights`, the lambda of each term of its objective; `vit`, whether it
+    is a ViT, which takes images of one size only.
 
-    Of an instance: `latent_dim`, the latent's channels C; `patch_size`, the pixels f on a side of a
-    latent position; `image_size`, the pixels on a side of the images it was trained on, None if
-    that is unknown; `args`, the settings in its file, where `load` made it.
+    Attributes of an instance: `latent_dim`, the latent's channels C; `patch_size`, the pixels f on
+    a side of a latent position; `image_size`, the pixels on a side of the images it was trained on,
+    None if that is unknown; `args`, the settings in its file, where `load` made it.
     """
 
     vit = False
@@ -102,7 +102,7 @@ class Autoencoder(nn.Module):
 
     @property
     def deterministic(self):
-        """Whether the latent is the posterior's mean, as without a KL nothing holds its variance."""
+        """Whether the latent is the posterior's mean: without a KL its variance is not trained."""
         return not self.weights.get("kl")
 
     def latent_shape(self, height, width):
@@ -228,8 +228,8 @@ class DAE(AE):
 class VAE(AE):
     """Variational autoencoder, eq. 5: -log p(x|z), Gaussian, + lambda_KL * KL(q(z|x) || N(0, 1)).
 
-    No source gives lambda_KL. Ours is calibrated: a linear VAE of photographs loses with it about
-    the 2.8 dB that the paper's VAE (PSNR 29.40) loses to its AE (32.18); see tests/test_vae_kl.py.
+    No source gives lambda_KL. Ours is calibrated: with it a linear VAE of photographs loses about
+    2.8 dB, as the paper's VAE (PSNR 29.40) does against its AE (32.18); see tests/test_vae_kl.py.
     """
 
     weights = {"kl": 1.8e-3, "lpips": 0.0}
@@ -713,7 +713,7 @@ def args_of_release(state, name):
     hidden_size, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     num_heads = 16 if "_large" in str(name) else 8 if "_small" in str(name) else 12
     if name is None and hidden_size != 192:
-        print(f"the file does not tell its number of heads: {num_heads} is a guess")
+        print(f"the file does not say how many heads it has: {num_heads} is a guess")
     return {
         "model": "vmae",
         "image_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
@@ -798,7 +798,7 @@ def read_checkpoint(path):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write, which gets its name when all of it is on the disk.
+    """A binary file to write, which is renamed to `path` when all of it is on the disk.
 
     Raises OSError if the disk is full or the like; a file that was there is then untouched.
     """
@@ -827,8 +827,8 @@ def fingerprint(state):
 
 
 def run_main(main, *errors):
-    """Run a script's main. UserError, OSError, `errors` and Ctrl-C end it in one sentence and
-    status 1, under torchrun too; what else is raised is a fault of ours and ends in a traceback."""
+    """Run a script's main. What the user can do something about, such as UserError, OSError,
+    `errors` and Ctrl-C, ends it in one sentence and status 1, under torchrun too."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # paths that the terminal cannot print
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -850,8 +850,8 @@ def run_main(main, *errors):
             message, first = "another process has ended", False
         else:
             raise
-    # The first process of a machine exits at once, and torchrun then ends the others. Those wait
-    # for that, and speak only if they are still there: then the error is theirs alone.
+    # The first process of a machine exits at once, and torchrun then ends the others, which wait
+    # for that. One that is still there after 10 seconds is the only one that failed, and says why.
     if not first:
         time.sleep(10)
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")

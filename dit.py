@@ -330,7 +330,7 @@ def config_of(weights, info):
     """DiT's arguments, read off the tensors of a checkpoint.
 
     The number of classes is that of class_names in our files and of the config in LightningDiT's.
-    Where nothing tells, the last row of several is the null class.
+    If neither is there, the last row of several is the null class.
     """
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     rows = len(weights["y_embedder.embedding_table.weight"])

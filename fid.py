@@ -65,7 +65,7 @@ METRICS = {
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score
 
-# suffixes of Pillow's that are of documents, videos or data
+# suffixes that Pillow knows and that are documents, videos or data
 NO_PICTURES = {".pdf", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".fli", ".flc"}
 NO_PICTURES |= {".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".iim", ".palm"}
 
@@ -1061,8 +1061,8 @@ def leave_processes():
     if not dist.is_initialized():
         return
     if dist.get_backend() == "gloo":
-        # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's is the last to let go
-        # of the barrier. This variable outlives that.
+        # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's holds the last
+        # reference to the barrier. This variable holds one until after that.
         barrier = dist.barrier(async_op=True)
         barrier.wait()
     dist.destroy_process_group()

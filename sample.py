@@ -400,7 +400,7 @@ def number(convert, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{word} is not a finite number {limits}")
         return value
 
-    parse.__name__ = convert.__name__  # argparse's message for what is no number names it
+    parse.__name__ = convert.__name__  # as argparse says: "invalid int value: 'x'"
     return parse
 
 
@@ -423,7 +423,7 @@ def rank_and_world():
 
 def join_processes(device):
     """Join the other processes, if there are any -> rank, world, this process's device: "cpu" or
-    "cuda:N", on which products are in TF32.
+    "cuda:N", where it switches on TF32 for products.
 
     device: what --device says. Raises UserError if it is not there.
     """
@@ -453,8 +453,8 @@ def leave_processes():
     """Wait for the other processes, then close the process group."""
     if not dist.is_initialized():
         return
-    # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's is the last to let go of
-    # the barrier. This variable outlives that.
+    # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's holds the last reference
+    # to the barrier. This variable holds one until after that.
     barrier = dist.barrier(async_op=True)
     barrier.wait()
     dist.destroy_process_group()

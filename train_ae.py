@@ -318,19 +318,19 @@ def train(args):
     # Digits are only cropped; photographs get a random crop and a flip.
     transform = functools.partial(augment, args.image_size, args.seed)
     if images.digits:
-        transform = functools.partial(crop_and_flip, args.image_size, False)
-    order = training_order(args, len(images), slices, first_step)
+        transform = functools.partial(crop_and_flip, args.image_size)
+    order = training_order(args, images, slices, first_step)
     batches = load_batches(Batches(images, transform), order, args.workers, device)
     preview = preview_images(args, images, device) if rank == 0 else None
 
     history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
-    clock, clock_step = time.time(), first_step - 1
+    since = time.time(), first_step - 1  # the speed is that of the steps after this one
 
     for step in range(first_step, args.steps + 1):
         # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
-        # processes or smaller micro-batches change the speed, not the run. (Of an SD-VAE they do:
-        # D's batch norm and the adaptive weight see a micro-batch.)
+        # processes or smaller micro-batches change the speed, not the run. SD-VAE is the exception:
+        # D's batch norm and the adaptive weight see one micro-batch at a time.
         rng = generator(device, sample.STEP, args.seed, step)
         randomness = net.randomness(args.batch, args.image_size, rng)
         with_disc = adversarial and step >= args.disc_start
@@ -374,21 +374,19 @@ def train(args):
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
-            speed = (step - clock_step) * args.batch / (time.time() - clock)
-            log(args, step, history, lr, speed, skipped_in_row)
-            history, clock, clock_step = defaultdict(list), time.time(), step
+            log(args, step, history, lr, skipped_in_row, since)
+            history, since = defaultdict(list), (time.time(), step)
 
         # A checkpoint and pictures, every --ckpt_every steps.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
-            saving = time.time()
             states = {"model": net.state_dict(), "optimizer": optimizers[0].state_dict()}
             if adversarial:
                 states["disc"] = disc.state_dict()
                 states["disc_optimizer"] = optimizers[1].state_dict()
             save(args, step, images, numbered, states)
             save_reconstructions(args, net, preview)
-            clock += time.time() - saving  # speed is that of training
+            since = time.time(), step
 
     if rank == 0:
         print(f"finished: see {args.out}/ckpt.pt and {args.out}/recon.png")
@@ -415,9 +413,9 @@ def build(args):
             ) from error
     if args.tune_decoder:
         # Without its weight there is no KL, and the latent is the posterior's mean. args.kl, which
-        # goes into the checkpoint, stays the first stage's: it tells the DiT to sample the posterior.
+        # goes into the checkpoint, stays the first stage's: the DiT then samples the posterior.
         net.weights["kl"] = 0.0
-        net.mask_token.requires_grad_(False)  # nothing is masked
+        net.mask_token.requires_grad_(False)  # by default nothing is masked
         if args.freeze_encoder:
             for name in net.encoder_state():
                 net.get_parameter(name).requires_grad_(False)
@@ -431,9 +429,8 @@ def perceptual_loss(device):
 
 
 def make_optimizer(net, args):
-    """AdamW on what of net is trained; biases and norms, which have one dimension, do not decay.
-
-    Its learning rate is set at each step.
+    """AdamW on the parameters of net that are trained; biases and norms, which have one dimension,
+    do not decay. Its learning rate is set at each step.
     """
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [
@@ -475,7 +472,7 @@ def preview_images(args, images, device):
     """Ten images for recon.png, (10, 3, S, S), spread over all; of digits, held-out ones."""
     shown = Images(held_out=True) if images.digits else images
     keys = [[(i * len(shown) // 10, 0, False) for i in range(10)]]
-    crop = functools.partial(crop_and_flip, args.image_size, False)
+    crop = functools.partial(crop_and_flip, args.image_size)
     return next(load_batches(Batches(shown, crop), keys, args.workers, device))[0]
 
 
@@ -483,7 +480,7 @@ def preview_images(args, images, device):
 def save_reconstructions(args, net, x):
     """recon.png: originals, reconstructions; with masking also what the encoder sees in training
     and what the decoder makes of it."""
-    # A copy is not compiled, so that the pictures' batch does not compile everything once more.
+    # A copy, which is not compiled: a batch of another size would compile everything once more.
     net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if net.vit and args.mask_ratio > 0:
@@ -697,12 +694,13 @@ def update(optimizer, lr, skip):
 # ---- Log and checkpoint ----
 
 
-def log(args, step, history, lr, images_per_s, skipped_in_row):
+def log(args, step, history, lr, skipped_in_row, since):
     """A line on the screen and in log.jsonl: the mean of each term's finite values, over processes,
     too. Raises UserError after 20 skipped steps in a row.
 
     history: lists of numbers on the device, by name, the same names in each process. "skipped" and
-    "unreadable" are shares, of the steps and of the images.
+    "unreadable" are shares, of the steps and of the images. since: the time at which an earlier
+    step had ended, and that step, from which the speed is measured.
     """
     rank, world = rank_and_world()
     sums = []
@@ -712,7 +710,10 @@ def log(args, step, history, lr, images_per_s, skipped_in_row):
     sums = torch.stack(sums)  # of each term: the sum, and of how many numbers
     if world > 1:
         dist.all_reduce(sums)
-    line = dict(zip(history, (sums[:, 0] / sums[:, 1]).tolist(), strict=True)) | {"lr": lr}
+    means = (sums[:, 0] / sums[:, 1]).tolist()  # waits for the device
+    started, first = since
+    images_per_s = (step - first) * args.batch / (time.time() - started)
+    line = dict(zip(history, means, strict=True)) | {"lr": lr}
     if args.device == "cuda":
         line["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     if rank == 0:
@@ -754,8 +755,9 @@ class Images:
     """RGB images by index, with .labels (N,) and .classes, their names: the demo's digits, or the
     files of a folder (fid.list_images).
 
-    Sub-folders are classes, whatever lies deeper in them; a flat folder is one class, "". Raises
-    OSError or UserError for a folder that is missing, empty, or of images beside sub-folders.
+    Each sub-folder is a class, with all that lies deeper in it; a flat folder is one class, "".
+    Raises OSError or UserError for a folder that is missing, empty, or of images beside
+    sub-folders.
     """
 
     def __init__(self, folder=None, held_out=False):
@@ -786,7 +788,7 @@ class Images:
                 f"--data {folder} holds images both in itself and in sub-folders: move the former"
             )
         self.warn_of_odd_folders(folder)
-        # One array of bytes, which loader processes share; each would copy a list of strings.
+        # One array of bytes, which loader processes share; of a list of strings each gets a copy.
         self.files = np.array([os.fsencode(file) for file in files])
 
     def warn_of_odd_folders(self, folder):
@@ -815,7 +817,7 @@ class Images:
             return Image.fromarray(self.pixels[index]).convert("RGB")
         image = fid.read_image(self.path(index))
         if max(image.size) > 50 * min(image.size):
-            raise fid.UserError(f"{self.path(index)} is a strip, of which a crop shows nothing")
+            raise fid.UserError(f"{self.path(index)} is more than 50 times as long as wide")
         return image
 
 
@@ -831,10 +833,10 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def crop_and_flip(size, mirror, image, index, epoch, flip):
-    """A transform of Batches: ADM's crop, flipped if the key says so and `mirror` allows it."""
+def crop_and_flip(size, image, index, epoch, flip):
+    """A transform of Batches: ADM's crop, flipped if the key says so."""
     pixels = transforms.pil_to_tensor(center_crop(image, size))
-    return pixels.flip(-1) if flip and mirror else pixels
+    return pixels.flip(-1) if flip else pixels
 
 
 def augment(size, seed, image, index, epoch, flip):
@@ -852,12 +854,13 @@ def augment(size, seed, image, index, epoch, flip):
     return pixels.flip(-1) if flip else pixels
 
 
-def training_order(args, n, slices, first_step):
+def training_order(args, images, slices, first_step):
     """Yields for each micro-batch of this process the keys (index, epoch, flip) of its images.
 
     The shuffled epochs, each by (seed, epoch), are concatenated; a step takes the next `batch`
-    images. Flips are by (seed, step).
+    images. Flips are by (seed, step); digits are never flipped.
     """
+    n = len(images)
 
     @functools.lru_cache(2)
     def order(epoch):
@@ -871,7 +874,8 @@ def training_order(args, n, slices, first_step):
             keys = []
             for place in range(args.batch)[rows]:
                 epoch, position = divmod((step - 1) * args.batch + place, n)
-                keys.append((int(order(epoch)[position]), epoch, bool(flips[place])))
+                flip = bool(flips[place]) and not images.digits
+                keys.append((int(order(epoch)[position]), epoch, flip))
             yield keys
 
 
@@ -897,9 +901,7 @@ class Batches(torch.utils.data.Dataset):
                     raise
                 if place not in self.images.unreadable:
                     self.images.unreadable.add(place)
-                    print(
-                        f"warning: the next image takes the place of this: {error}", file=sys.stderr
-                    )
+                    print(f"warning: replaced by the next image: {error}", file=sys.stderr)
         raise UserError(f"100 images in a row cannot be read, from {self.images.path(index)} on")
 
     def __getitem__(self, keys):
@@ -1001,7 +1003,7 @@ def evaluate(args):
         size = net.image_size or (32 if images.digits else 256)
         crop = functools.partial(crop_for_judging, size)
         if args.adm_crop:
-            crop = functools.partial(crop_and_flip, size, False)
+            crop = functools.partial(crop_and_flip, size)
         name = name_of(path, [row["autoencoder"] for row in rows])
         row = {"autoencoder": name, "pixels": size, "crop": "ADM" if args.adm_crop else "paper"}
 

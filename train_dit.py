@@ -180,13 +180,13 @@ def train(args):
     autoencoder.to(device).requires_grad_(False)
 
     # Moments of posteriors come from the cache, or from images that are encoded on the fly.
-    crop = functools.partial(train_ae.crop_and_flip, args.image_size, not images.digits)
+    crop = functools.partial(train_ae.crop_and_flip, args.image_size)
     dataset = train_ae.Batches(images, crop)
     if args.cache:
         on_rank_0(claim_cache, args, images, autoencoder)
         sample.check_visible(args.cache)
         fill_cache(args, dataset, autoencoder, device)
-        dataset = Cache(args.cache, images)
+        dataset = Cache(args.cache)
 
     def load_moments(keys):
         """Yields moments (B, 2C, h, w), labels (B,) and flags of unreadable images (B,)."""
@@ -209,10 +209,10 @@ def train(args):
     if world > 1:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    batches = load_moments(train_ae.training_order(args, len(images), slices, first_step))
+    batches = load_moments(train_ae.training_order(args, images, slices, first_step))
     history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
-    clock, clock_step = time.time(), first_step - 1
+    since = time.time(), first_step - 1  # the speed is that of the steps after this one
 
     for step in range(first_step, args.steps + 1):
         # Noises, times and dropped labels are drawn for the global batch, by (seed, step), and each
@@ -254,14 +254,12 @@ def train(args):
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
-            speed = (step - clock_step) * args.batch / (time.time() - clock)
-            train_ae.log(args, step, history, lr, speed, skipped_in_row)
-            history, clock, clock_step = defaultdict(list), time.time(), step
+            train_ae.log(args, step, history, lr, skipped_in_row, since)
+            history, since = defaultdict(list), (time.time(), step)
 
         # A checkpoint, every --ckpt_every steps; pictures with those that stay and at the end.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
-            saving = time.time()
             ckpt = {
                 # For --resume:
                 "model": net.state_dict(),
@@ -278,7 +276,7 @@ def train(args):
             train_ae.save(args, step, images, numbered, ckpt)
             if numbered or step == args.steps:
                 save_samples(args, (ema, autoencoder, latent_mean, latent_std), images.classes)
-            clock += time.time() - saving  # speed is that of training
+            since = time.time(), step
 
     if rank == 0:
         print(f"finished: see {args.out}/ckpt.pt and {args.out}/samples.png")
@@ -350,7 +348,7 @@ def save_samples(args, parts, class_names):
 
 # ---- Latents ----
 
-AT_ONCE = 32  # images that are encoded together: a fixed number, as it decides the last bits
+AT_ONCE = 32  # images that are encoded together; fixed, since another number rounds otherwise
 
 
 @torch.no_grad()
@@ -402,8 +400,8 @@ class Cache(torch.utils.data.Dataset):
     than 0.001 of its channel's std (rms) and the posterior's std by 0.1%.
     """
 
-    def __init__(self, folder, images):
-        self.folder, self.mirror = folder, not images.digits  # digits are never flipped
+    def __init__(self, folder):
+        self.folder = folder
         self.opened = {}  # moments and labels by number of the shard
 
     def shard(self, k):
@@ -420,7 +418,7 @@ class Cache(torch.utils.data.Dataset):
         moments, labels = [], []
         for index, _epoch, flip in keys:
             of_shard, labels_of_shard = self.shard(index // SHARD)
-            moments.append(of_shard[index % SHARD, int(flip and self.mirror)])
+            moments.append(of_shard[index % SHARD, int(flip)])
             labels.append(int(labels_of_shard[index % SHARD]))
         return torch.from_numpy(np.stack(moments)), torch.tensor(labels), torch.zeros(len(keys))
 
@@ -433,7 +431,7 @@ def claim_cache(args, images, autoencoder):
         listing = []
         for index in range(len(images)):
             path = images.path(index)
-            status = os.stat(path, follow_symlinks=os.path.exists(path))  # of a broken link: itself
+            status = os.stat(path, follow_symlinks=os.path.exists(path))  # or a broken link itself
             name = os.fsdecode(images.files[index])
             listing.append(f"{name} {status.st_size} {status.st_mtime_ns}")
     record = {

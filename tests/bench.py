@@ -618,7 +618,7 @@ def latent_cache(name):
     path = folder()
     np.save(path / "moments-00000.npy", np.zeros((1024, 2, 32, 32, 32), np.float16))
     np.save(path / "labels-00000.npy", np.zeros(1024, np.int64))
-    cache = train_dit.Cache(str(path), argparse.Namespace(digits=False))
+    cache = train_dit.Cache(str(path))
     order = np.random.RandomState(0).permutation(1024).tolist()
     keys = [[(i, 0, True) for i in order[j : j + 32]] for j in range(0, 1024, 32)]
     return {"ours": lambda: [cache[key] for key in keys], "per": (1024, "moments/s")}

@@ -442,7 +442,7 @@ def odd_images(tmp_path):
 def test_odd_images_are_read_or_skipped_by_name(odd_images, capfd, workers):
     root, good, bad = odd_images
     images = train_ae.Images(str(root.parent))
-    show = functools.partial(train_ae.crop_and_flip, 32, False)
+    show = functools.partial(train_ae.crop_and_flip, 32)
     paths = [Path(images.path(i)) for i in range(len(images))]
     assert sorted(paths) == sorted(good + bad)
     # Two epochs
@@ -568,7 +568,7 @@ def test_no_file_that_is_handed_over_runs_code(tmp_path, tiny_vmae, tiny_dit_for
         for kind in ("moments", "labels"):
             np.save(train_dit.shard_path(cache, kind, 0), array if kind == bad else np.zeros(1))
         with pytest.raises(ae.UserError, match="is damaged"):
-            train_dit.Cache(cache, train_ae.Images())[[(0, 0, False)]]
+            train_dit.Cache(cache)[[(0, 0, False)]]
     assert not mark.exists()
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -343,10 +344,13 @@ def plan(**settings):
 
 
 def test_an_epoch_has_every_image_once_whatever_the_number_of_processes():
+    images = train_ae.Images()
+    images.labels = images.labels[:60]
+
     def keys_of_run(rank, processes, start):
         args = plan(batch=12, micro_batch=3)
         slices = train_ae.resolve(args, rank, processes, "cpu")
-        steps = train_ae.training_order(args, 60, slices, start)
+        steps = train_ae.training_order(args, images, slices, start)
         return [key for keys in steps for key in keys]
 
     whole = keys_of_run(0, 1, 1)
@@ -460,7 +464,7 @@ def test_the_next_image_takes_the_place_of_an_unreadable_one_and_a_hundred_end_t
     # Each step has every image once
     flags = ("--data", images, TINY_VIT, "--image_size 32 --lpips 0 --batch 120 --steps 2")
     run(train_ae, "--out", tmp_path / "a", *flags, "--log_every 1 --workers 1")
-    warning = f"the next image takes the place of this: {files[119]} cannot be read"
+    warning = f"replaced by the next image: {files[119]} cannot be read"
     assert capfd.readouterr().err.count(warning) == 1
     assert [line["unreadable"] for line in log_of(tmp_path / "a")] == pytest.approx([1 / 120] * 2)
 
@@ -539,7 +543,7 @@ def test_the_cache_holds_the_moments_of_each_image_and_its_flip(
             crop = (crop[:, ::-1] if flip else crop).copy()
             x = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
             expected = autoencoder.encode(x)
-            moments, labels, _ = train_dit.Cache(cache, images)[[(index, 0, flip)]]
+            moments, labels, _ = train_dit.Cache(cache)[[(index, 0, flip)]]
             stored = ae.Posterior(moments)
             for ours, theirs in ((stored.mean, expected.mean), (stored.logvar, expected.logvar)):
                 torch.testing.assert_close(ours, theirs.detach(), rtol=2e-3, atol=2e-3)
@@ -593,9 +597,22 @@ def test_a_latent_beyond_16_bits_is_a_sentence(tmp_path, tiny_vmae):
     assert "65,504" in fails(train_dit, "--out", tmp_path / "a", *flags)
 
 
-def test_the_cache_of_digits_has_no_flips(tmp_path, tiny_dit):
-    cache = train_dit.Cache(tiny_dit.parent / "latents", train_ae.Images(None))
-    assert torch.equal(cache[[(7, 0, True)]][0], cache[[(7, 0, False)]][0])
+def test_the_time_of_a_checkpoint_is_not_counted_in_the_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ae, "save_reconstructions", lambda *_: time.sleep(2))
+    flags = (TINY_VIT, SMALL, "--steps 2 --log_every 1 --ckpt_every 1")
+    run(train_ae, "--out", tmp_path / "a", *flags)
+    batch = ae.read_checkpoint(tmp_path / "a" / "ckpt.pt")["args"]["batch"]
+    assert batch / log_of(tmp_path / "a")[-1]["images_per_s"] < 2
+
+
+def test_photographs_are_flipped_and_digits_are_not(folder):
+    def flips(images):
+        args = plan(batch=12, micro_batch=12)
+        steps = train_ae.training_order(args, images, [slice(0, 12)], 1)
+        return [flip for keys in steps for _, _, flip in keys]
+
+    assert not any(flips(train_ae.Images()))
+    assert 40 < sum(flips(train_ae.Images(folder))) < 80  # of 120
 
 
 def test_no_cache_or_sample_is_put_among_other_files(tmp_path, tiny_vmae, tiny_dit, folder):
@@ -736,7 +753,7 @@ def test_the_latent_of_a_tuned_file_is_random_as_before(tmp_path, tiny_vmae):
 
 def test_latent_statistics_normalise_each_channel(tiny_vmae):
     images, autoencoder = train_ae.Images(None), ae.load(tiny_vmae).requires_grad_(False)
-    crop = functools.partial(train_ae.crop_and_flip, 32, False)
+    crop = functools.partial(train_ae.crop_and_flip, 32)
     dataset = train_ae.Batches(images, crop)
 
     def load_moments(keys):
