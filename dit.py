@@ -316,7 +316,11 @@ def load(path):
         weights = plain_names(weights)
         if "x_embedder.proj.weight" not in weights:
             raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
-        model = DiT(**config_of(weights, info))
+        config = config_of(weights, info)
+        if config["num_classes"] == 1:  # the null class that LightningDiT's may have is of no use
+            table = "y_embedder.embedding_table.weight"
+            weights[table] = weights[table][:1]
+        model = DiT(**config)
         model.load_state_dict(weights)
     except UserError:
         raise

@@ -262,6 +262,16 @@ def test_the_config_of_a_lightningdit_file_says_whether_the_last_row_is_the_null
     assert (loaded.class_dropout_prob > 0) == (classes == 4)
 
 
+@pytest.mark.parametrize("config", [{"data": {"num_classes": 1}}, {}])
+def test_the_null_class_of_a_lightningdit_file_of_one_class_is_not_needed(tmp_path, config):
+    model = fill(dit.DiT(4, 1, 16, 32, 1, 2, 2, class_dropout_prob=0), 0)  # the class and the null
+    torch.save({"ema": model.state_dict(), "config": config}, tmp_path / "dit.pt")
+    loaded, _ = dit.load(tmp_path / "dit.pt")
+    assert loaded.num_classes == 1 and loaded.class_dropout_prob == 0
+    x, t, y = normal(0, 2, 16, 4, 4), torch.tensor([0.1, 0.8]), torch.zeros(2, dtype=torch.long)
+    assert torch.equal(loaded(x, t, y), model(x, t, y))
+
+
 NARROW = {"x_embedder.proj.weight": torch.zeros(1)}
 OTHER = {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}
 
