@@ -1,10 +1,10 @@
 """The paper's comparison at the demo's scale: six autoencoders, the same DiT on each one's latents.
 
-    python tests/paper.py                     two to three hours on two cores, for three seeds
+    python tests/paper.py                     some hours on two cores, for three seeds
     python tests/paper.py --seeds 1           one run of each instead of three
 
 Writes tables.md, which tests/RESULTS.md shows as it is, and pictures.png into --out, after each
-seed. It can be stopped at any time (Ctrl-C): the same command goes on.
+seed and at the end. It can be stopped at any time (Ctrl-C): the same command goes on.
 
 What it does, in this order, on the demo's digits and with the demo's models:
 
@@ -17,9 +17,10 @@ What it does, in this order, on the demo's digits and with the demo's models:
    whichever reconstructs the held-out digits best (PSNR) at the end of a whole run, so that what
    comes late in a run, as SD-VAE's discriminator does, counts for what it is. That run is the first
    of the comparison.
-4. It trains each autoencoder for the same time and, in a second comparison of one run each, for the
-   same number of steps, then the same DiT on its latents, and draws samples.
-5. It repeats that for the rows of the paper's ablation that need no LPIPS.
+4. It trains each autoencoder for the same time, then the same DiT on its latents, and draws
+   samples; likewise for the rows of the paper's ablation that need no LPIPS. It does so for each
+   seed.
+5. It compares the six at the same number of steps, one run each.
 
 The warm-up takes the same share of every run, and SD-VAE's discriminator joins at the same point
 of it. VMAE's budget includes the tuning of its decoder, both stages with the chosen factor. The
@@ -148,12 +149,16 @@ def compare(args, budget):
     best = {m: max(budget["rates"], key=lambda rate: psnr[m, rate]) for m in NAMES}
 
     first = {m: out / at_equal_seconds(m, best[m], 0, speed, budget)["name"] for m in NAMES}
-    pieces = []
+    stages = []
     for seed in range(args.seeds):
-        pieces += [at_equal_seconds(m, best[m], seed, speed, budget) for m in NAMES]
-        pieces += [ablation_row(row, best["vmae"], seed, speed, budget) for row in ABLATION]
-        if seed == 0:
-            pieces += [at_equal_steps(m, best[m], seed, budget) for m in NAMES]
+        stage = [at_equal_seconds(m, best[m], seed, speed, budget) for m in NAMES]
+        stage += [ablation_row(row, best["vmae"], seed, speed, budget) for row in ABLATION]
+        stages.append(stage)
+    stages.append([at_equal_steps(m, best[m], 0, budget) for m in NAMES])
+
+    pieces = []
+    for stage in stages:
+        pieces += stage
         results = run_all(pieces, args, budget)
         print("\n" + write_tables(out, budget, speed, psnr, best, results))
         draw_pictures(first, out / "pictures.png")
