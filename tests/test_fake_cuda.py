@@ -219,13 +219,13 @@ def test_only_a_step_that_is_logged_waits_for_the_device(name, tmp_path, monkeyp
     build, discriminator, log = train_ae.build, ae.Discriminator, train_ae.log
     logged = []
 
-    def wait(args, done, terms, lr, speed, skipped_in_row):
+    def wait(args, done, terms, lr, skipped_in_row, since):
         logged.append((done, terms))
         assert {"loss", "grad_norm", "skipped", "unreadable"} < terms.keys()
         all_on("meta", skipped_in_row, *(value for values in terms.values() for value in values))
         # PyTorch 2.4 says it in other words
         with pytest.raises((*WAITS, AttributeError), match="nonzero|_local_scalar_dense|unbacked"):
-            log(args, done, terms, lr, speed, skipped_in_row)
+            log(args, done, terms, lr, skipped_in_row, since)
 
     monkeypatch.setattr(train_ae, "log", wait)
     monkeypatch.setattr(sample, "join_processes", lambda device: (0, 1, "meta"))
