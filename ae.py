@@ -828,7 +828,8 @@ def fingerprint(state):
 
 def run_main(main, *errors):
     """Run a script's main. What the user can do something about, such as UserError, OSError,
-    `errors` and Ctrl-C, ends it in one sentence and status 1, under torchrun too."""
+    `errors` and Ctrl-C, ends it in one sentence and status 1, under torchrun too; anything else
+    ends in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # paths that the terminal cannot print
     first = os.environ.get("LOCAL_RANK", "0") == "0"

@@ -317,7 +317,8 @@ def load(path):
         if "x_embedder.proj.weight" not in weights:
             raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
         config = config_of(weights, info)
-        if config["num_classes"] == 1:  # the null class that LightningDiT's may have is of no use
+        if config["num_classes"] == 1:
+            # Guidance needs several classes, so ours has no null class; LightningDiT's may have one.
             table = "y_embedder.embedding_table.weight"
             weights[table] = weights[table][:1]
         model = DiT(**config)

@@ -400,7 +400,7 @@ def number(convert, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{word} is not a finite number {limits}")
         return value
 
-    parse.__name__ = convert.__name__  # as argparse says: "invalid int value: 'x'"
+    parse.__name__ = convert.__name__  # for argparse's message: "invalid int value: 'x'"
     return parse
 
 

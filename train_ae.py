@@ -326,7 +326,7 @@ def train(args):
 
     history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
-    since = time.time(), first_step - 1  # the speed is that of the steps after this one
+    since = time.time(), first_step - 1  # the clock for images/s: its start, and after which step
 
     for step in range(first_step, args.steps + 1):
         # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
@@ -387,7 +387,7 @@ def train(args):
                 states["disc_optimizer"] = optimizers[1].state_dict()
             save(args, step, images, numbered, states)
             save_reconstructions(args, net, preview)
-            since = time.time(), step
+            since = time.time(), step  # images/s are those of training alone
 
     if rank == 0:
         print(f"finished: see {args.out}/ckpt.pt and {args.out}/recon.png")
@@ -700,8 +700,8 @@ def log(args, step, history, lr, skipped_in_row, since):
     too. Raises UserError after 20 skipped steps in a row.
 
     history: lists of numbers on the device, by name, the same names in each process. "skipped" and
-    "unreadable" are shares, of the steps and of the images. since: the time at which an earlier
-    step had ended, and that step, from which the speed is measured.
+    "unreadable" are shares, of the steps and of the images. since: when the clock was started, and
+    after which step.
     """
     rank, world = rank_and_world()
     sums = []
@@ -712,8 +712,8 @@ def log(args, step, history, lr, skipped_in_row, since):
     if world > 1:
         dist.all_reduce(sums)
     means = (sums[:, 0] / sums[:, 1]).tolist()  # waits for the device
-    started, first = since
-    images_per_s = (step - first) * args.batch / (time.time() - started)
+    since_time, since_step = since
+    images_per_s = (step - since_step) * args.batch / (time.time() - since_time)
     line = dict(zip(history, means, strict=True)) | {"lr": lr}
     if args.device == "cuda":
         line["GiB"] = torch.cuda.max_memory_allocated() / 2**30

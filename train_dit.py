@@ -212,7 +212,7 @@ def train(args):
     batches = load_moments(train_ae.training_order(args, images, slices, first_step))
     history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
-    since = time.time(), first_step - 1  # the speed is that of the steps after this one
+    since = time.time(), first_step - 1  # the clock for images/s: its start, and after which step
 
     for step in range(first_step, args.steps + 1):
         # Noises, times and dropped labels are drawn for the global batch, by (seed, step), and each
@@ -276,7 +276,7 @@ def train(args):
             train_ae.save(args, step, images, numbered, ckpt)
             if numbered or step == args.steps:
                 save_samples(args, (ema, autoencoder, latent_mean, latent_std), images.classes)
-            since = time.time(), step
+            since = time.time(), step  # images/s are those of training alone
 
     if rank == 0:
         print(f"finished: see {args.out}/ckpt.pt and {args.out}/samples.png")
