@@ -318,7 +318,7 @@ def load(path):
             raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
         config = config_of(weights, info)
         if config["num_classes"] == 1:
-            # Guidance needs several classes, so ours has no null class; LightningDiT's may have one.
+            # Guidance needs several classes: DiT has no null class here, LightningDiT's may.
             table = "y_embedder.embedding_table.weight"
             weights[table] = weights[table][:1]
         model = DiT(**config)
