@@ -358,9 +358,10 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H * W, C)
+        # No dimension for the head: one of size 1, compiled for CUDA, ended in a crash (PyTorch 2.11).
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
 
 
 class DownBlock(nn.Module):
