@@ -1,6 +1,6 @@
-"""Throughput beside the alternatives, as the document tests/BENCH.md.
+"""Throughput beside the alternatives, as a section of tests/BENCH.md.
 
-    python tests/bench.py | tee tests/BENCH.md     all rows
+    python tests/bench.py | tee -a tests/BENCH.md  all rows
     python tests/bench.py --json bench.json        write the table as JSON, too
     python tests/bench.py --demo                   add the demo's four commands, which take minutes
     python tests/bench.py --only training guided   the rows whose names hold one of these words
@@ -837,7 +837,7 @@ def machine():
 
 
 def head():
-    """What precedes the table: on what it was measured, when, and how to read it."""
+    """What precedes the table: on what it was measured, and when."""
     commit = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -847,20 +847,11 @@ def head():
         for package in packages
         if importlib.util.find_spec(package.replace("-", "_"))
     ]
-    missing = (
-        "" if CUDA else "- *Not measured*: GPUs, nor the memory of the paper's micro-batches.\n"
-    )
-    return f"""# Throughput
+    return f"""
+## {machine()}
 
-What `python tests/bench.py | tee tests/BENCH.md` printed: pieces of work beside the same work of
-peers, where these are installed, in turns. Numbers are medians of the rounds. The ratio is the
-peer's time over ours, so above 1 ours is faster; it is the median of the rounds' ratios. Shares are
-of the rate of square matrix products, which convolutions can exceed.
+{", ".join(versions)}; {time.strftime("%Y-%m-%d")}, commit {commit or "unknown"}
 
-- *Machine*: {machine()}
-- *Versions*: {", ".join(versions)}
-- *Date*: {time.strftime("%Y-%m-%d")}, commit {commit or "unknown"}
-{missing}
 | work | ours | peer | ratio | TFLOP/s | share of products | peak memory |
 {"|---" * 7}|"""
 
