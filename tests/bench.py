@@ -39,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -684,7 +685,7 @@ def features_of_torch_fidelity(file):
     return lambda x: model(x)[0]
 
 
-@rows("Frechet distance, 2,048 dimensions")
+@rows("Fréchet distance, 2,048 dimensions")
 def frechet_distance(name):
     from scipy.linalg import sqrtm
 
@@ -847,10 +848,11 @@ def head():
         for package in packages
         if importlib.util.find_spec(package.replace("-", "_"))
     ]
+    measured = f"{', '.join(versions)}; {time.strftime('%Y-%m-%d')}, commit {commit or 'unknown'}"
     return f"""
 ## {machine()}
 
-{", ".join(versions)}; {time.strftime("%Y-%m-%d")}, commit {commit or "unknown"}
+{textwrap.fill(measured, 100, break_on_hyphens=False)}
 
 | work | ours | peer | ratio | TFLOP/s | share of products | peak memory |
 {"|---" * 7}|"""
