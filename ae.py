@@ -358,7 +358,8 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
-        # No dimension for the head: one of size 1, compiled for CUDA, ended in a crash (PyTorch 2.11).
+        # The single head has no dimension of its own: compiled for CUDA, one of size 1 crashed in
+        # PyTorch 2.11.
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
