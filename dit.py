@@ -305,10 +305,10 @@ DiT_models = {
 def load(path):
     """A DiT with its EMA weights, in eval mode on the CPU, and info, the rest of its file.
 
-    The file is of train_dit.py or LightningDiT. In ours, info holds the settings (args), the names
-    of the classes (class_names), the statistics of the latents (latent_mean, latent_std) and the
-    autoencoder (autoencoder, as ae.from_checkpoint takes it). Raises FileNotFoundError, UserError
-    (a ValueError).
+    The file is from train_dit.py or LightningDiT. In ours, info holds the settings (args), the
+    names of the classes (class_names), the statistics of the latents (latent_mean, latent_std) and
+    the autoencoder (autoencoder, as ae.from_checkpoint takes it). Raises FileNotFoundError,
+    UserError (a ValueError).
     """
     info = read_checkpoint(path)
     weights = info.pop("ema", None) or info.get("model", info)

@@ -46,12 +46,12 @@ def parse_args():
     add("--num", type=number(int, 1), help="draw this many files, not a grid")
     add("--npz", action="store_true", help="with --num: pack them as samples.npz, too")
     add("--per_class", action="store_true", help="with --num: as many of each class, in turns")
-    add("--labels", type=text, nargs="+", help="classes, such as 88 vase; None: all, a grid ten")
+    add("--labels", type=text, nargs="+", help="classes, such as 88 vase; None: all, a grid some")
     add("--columns", type=number(int, 1), default=8, help="pictures per class in a grid")
     add("--seed", type=SEED, default=0, help="of noise and labels")
     add("--out", type=text, help="folder to write into; None: the checkpoint's")
 
-    add = parser.add_argument_group("how; None: as the checkpoint says, else as the paper")
+    add = parser.add_argument_group("how; None: what the checkpoint says, else the paper's")
     add = add.add_argument
     add("--steps", type=number(int, 1), help="Euler steps")
     add("--cfg_scale", type=number(float, 1), help="guidance scale, 1 is no guidance")
@@ -341,7 +341,9 @@ def write_files(generate_samples, args, out, classes, record):
     if args.npz:
         on_rank_0(pack, folder, archive, args.num)
     if rank == 0:
-        print(f"wrote {folder}: {args.num} samples" + (f", and {archive}" if args.npz else ""))
+        print(f"{folder} holds {len(files_by_index(folder))} samples")
+        if args.npz:
+            print(f"wrote {archive}, with {args.num} of them")
 
 
 def files_by_index(folder):
@@ -517,8 +519,8 @@ def claim(folder, record):
         )
 
 
-# Everything random has a key of four numbers: its stream, --seed, and two more where it has them,
-# such as a step or an index. So nothing depends on what was drawn with other keys.
+# Everything random has a key of four numbers: its stream, --seed and two more, such as a step or an
+# index (0 where there are none). So nothing depends on what was drawn with other keys.
 NETWORK, STEP, FLIP, ORDER, CROP, STATISTICS, PICTURE, SAMPLE, LABEL, PERTURBATION = range(10)
 
 
@@ -535,8 +537,7 @@ def generator(device, stream, seed, a=0, b=0):
 def to_uint8(x):
     """Images (B, 3, H, W) in about [-1, 1] -> NumPy uint8 (B, H, W, 3).
 
-    It is floor(clamp(127.5 x + 128, 0, 255)), as in the evaluator. Raises UserError for pixels that
-    are not finite.
+    It is floor(clamp(127.5 x + 128, 0, 255)). Raises UserError for pixels that are not finite.
     """
     if not x.isfinite().all():
         raise UserError("a picture has pixels that are not finite: the weights are damaged")

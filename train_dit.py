@@ -264,9 +264,10 @@ def train(args):
                 # For --resume:
                 "model": net.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                # For sample.py and --init, which read them with dit.load, and for --resume:
-                "ema": ema.state_dict(),
+                # For sample.py and --init, which read them with dit.load; all but the names for
+                # --resume, too:
                 "class_names": images.classes,
+                "ema": ema.state_dict(),
                 "latent_mean": latent_mean.flatten(),
                 "latent_std": latent_std.flatten(),
                 "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
