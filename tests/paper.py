@@ -68,6 +68,7 @@ BUDGET = dict(
     rates=[0.5, 1.0, 2.0],  # learning rates that are tried, in units of the demo's
     warmup=0.1,  # share of a run's steps in which the learning rate rises
     disc_start=0.5,  # share of an SD-VAE's steps before the discriminator joins
+    disc_weight=0.1,  # SD-VAE's lambda_D; the demo's, 0.5, wants a longer run
     tuning=0.3,  # share of VMAE's seconds, or steps, that tune its decoder
     timed=60,  # steps that are timed
     dit_steps=1200,
@@ -300,6 +301,7 @@ def train_autoencoder(piece, folder, budget):
     flags += ["--steps", steps, "--warmup", warmup, "--base_lr", factor * recipe["base_lr"]]
     if model == "sdvae":
         flags += ["--disc_start", 1 + round(budget["disc_start"] * steps)]
+        flags += ["--disc_weight", budget["disc_weight"]]
     path = train(train_ae, folder / "ae", flags)
     if tuning:
         rate = factor * train_ae.DEMO["tune"]["base_lr"]
