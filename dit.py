@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ae import UserError, plain_names, position_table, read_checkpoint
+from ae import plain_names, position_table, read_checkpoint
+from fid import UserError
 
 
 class RMSNorm(nn.Module):
@@ -44,8 +45,9 @@ def rotate(x, cos, sin):
     """
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None, ::2], sin[:, None, ::2]  # the tables hold each angle twice
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-    return turned.flatten(-2).to(x.dtype)
+    turned = first * cos - second * sin, first * sin + second * cos
+    # Rounded before they are stacked, which halves what is written.
+    return torch.stack([half.to(x.dtype) for half in turned], -1).flatten(-2)
 
 
 def rotary_tables(dim, grid):
@@ -306,29 +308,34 @@ def load(path):
     """A DiT with its EMA weights, in eval mode on the CPU, and info, the rest of its file.
 
     The file is from train_dit.py or LightningDiT. In ours, info holds the settings (args), the
-    names of the classes (class_names), the statistics of the latents (latent_mean, latent_std) and
-    the autoencoder (autoencoder, as ae.from_checkpoint takes it). Raises FileNotFoundError,
-    UserError (a ValueError).
+    names of the classes (class_names), the statistics of the latents (latent_mean, latent_std), the
+    settings of sampling (sampling) and the autoencoder (autoencoder, as ae.from_checkpoint takes
+    it). Raises FileNotFoundError, UserError (a ValueError).
     """
     info = read_checkpoint(path)
-    weights = info.pop("ema", None) or info.get("model", info)
-    try:
-        weights = plain_names(weights)
-        if "x_embedder.proj.weight" not in weights:
-            raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
-        config = config_of(weights, info)
-        if config["num_classes"] == 1:
-            # Guidance needs several classes: DiT has no null class here, LightningDiT's may.
-            table = "y_embedder.embedding_table.weight"
-            weights[table] = weights[table][:1]
-        model = DiT(**config)
-        model.load_state_dict(weights)
-    except UserError:
-        raise
-    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this DiT: {reason}") from error
+    weights = plain_names(info.pop("ema", None) or info.get("model", info))
+    if "x_embedder.proj.weight" not in weights:
+        raise UserError(f"{path} holds no DiT: pass an autoencoder to train_dit.py --ae")
+    if "feat_rope.freqs_cos" not in weights:
+        raise UserError(f"{path} holds a DiT of another kind, not LightningDiT's")
+    config = config_of(weights, info)
+    if config["num_classes"] == 1:
+        # Guidance needs several classes: DiT has no null class here, LightningDiT's may.
+        table = "y_embedder.embedding_table.weight"
+        weights[table] = weights[table][:1]
+    model = DiT(**config)
+    model.load_state_dict(weights)
     return model.eval(), info
+
+
+def sampling_of(info):
+    """The settings of `sample` in a DiT's file, or the paper's; info: what load returns of it."""
+    if "sampling" in info:
+        return dict(info["sampling"])
+    args = info.get("args")
+    if isinstance(args, dict) and "sample_steps" in args:  # files of train_dit.py until 2026-11
+        return {name: args["sample_steps" if name == "steps" else name] for name in SAMPLING}
+    return dict(SAMPLING)
 
 
 def config_of(weights, info):

@@ -1,10 +1,10 @@
 """Inception Score, FID, sFID, precision and recall, as OpenAI's TensorFlow evaluator computes them.
 
-examples:
-  python fid.py ref.npz samples.npz                 the five metrics, in that evaluator's format
-  python fid.py photos/ samples/ --json fid.json    folders of images; also write a file
-  python fid.py photos/ --save_stats ref.npz        run the network on REF once; REF later: ref.npz
-  torchrun --nproc_per_node=8 fid.py ref.npz samples.npz
+    python fid.py ref.npz samples.npz                 the five metrics, in that evaluator's format
+    python fid.py photos/ samples/ --json fid.json    folders of images; also write a file
+    python fid.py photos/ samples/ --crop 256         photographs of any size, cropped as ADM does
+    python fid.py photos/ --save_stats ref.npz        run the network once; REF later: ref.npz
+    torchrun --nproc_per_node=8 fid.py ref.npz samples.npz
 
 REF and SAMPLES are each a folder of images (searched recursively, all of one size) or a .npz file.
 The file holds images as arr_0 (N, H, W, 3) uint8, statistics as mu, sigma (pool features) and
@@ -14,22 +14,20 @@ that REF is not computed again. What is stored takes precedence over the images.
 be computed are left out with a message.
 
 Image files are read as a viewer shows them: EXIF orientation applied, transparency over white.
-pytorch-fid ignores the first and shows the colors hidden under the second. For the Inception Score,
-the images of a .npz file are taken in file order, and those of a folder in a fixed random order.
-Existing files are never replaced.
+pytorch-fid ignores the first and shows the colors hidden under the second. Color profiles are
+ignored, as by every evaluator. For the Inception Score, the images of a .npz file are taken in file
+order, and those of a folder in a fixed random order. Existing files are never replaced.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
-import pickle
+import re
 import signal
-import struct
 import sys
-import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -56,7 +54,7 @@ FEATURES = {**STATISTICS, "pool": ("N", 2048), "half_pixel": ()}
 
 # the metrics in the evaluator's order, with what each is computed from
 METRICS = {
-    "Inception Score": "images of SAMPLES",
+    "Inception Score": "images or pool features of SAMPLES",
     "FID": "mu, sigma of both",
     "sFID": "mu_s, sigma_s of both",
     "Precision": "more than k = 3 images of both",
@@ -65,71 +63,20 @@ METRICS = {
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score
 
-# suffixes that Pillow knows and that are documents, videos or data
-NO_PICTURES = {".pdf", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".fli", ".flc"}
-NO_PICTURES |= {".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".iim", ".palm"}
-
-
-# raised by Pillow, zipfile, NumPy and PyTorch on a file that is damaged or of another kind
-DAMAGED = (
-    *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError),
-    *(OverflowError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile),
-    *(pickle.UnpicklingError, Image.DecompressionBombError),
-)
-
-
-class UserError(ValueError):
-    """A user's mistake, such as a damaged file. Its message is the one sentence the user sees."""
-
-
-def main():
-    """Run the command. A user's mistake ends it with one sentence and status 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for paths that the terminal cannot show
-    first = local_rank() == 0
-    try:
-        return evaluate(parse_args())
-    except (UserError, OSError) as error:
-        sentence = str(error)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it once more
-        sys.exit("stopped" if first else 1)
-    except RuntimeError as error:
-        # gloo says "Connection closed by peer" or "Connection reset by peer".
-        if "by peer" not in str(error):
-            raise
-        sentence, first = "another process has ended", False
-    # Under torchrun the user should see one sentence. Usually all processes run into the same
-    # mistake: local rank 0 says it, and torchrun ends the others while they wait. A process that is
-    # still there after 10 seconds saw something that no other did.
-    if not first:
-        time.sleep(10)
-    sys.exit(sentence)
-
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    parser.error = refuse_arguments
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("ref", metavar="REF", type=filled, help="real images: a folder or a .npz file")
-    add("samples", metavar="SAMPLES", type=filled, nargs="?", help="images to evaluate: likewise")
-    add("--save_stats", metavar="FILE", type=filled, help="write REF's statistics and features")
-    add("--json", metavar="FILE", type=filled, help="write the metrics to this file too")
-    add(
-        "--inception", metavar="FILE", type=filled, help="weights; None downloads them once, 91 MiB"
-    )
-    add(
-        "--half_pixel",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="1 resizes images like pytorch-fid, 0 like TensorFlow 1",
-    )
-    add("--batch", metavar="N", type=positive, default=64, help="images per batch and process")
-    add("--workers", metavar="N", type=positive, default=8, help="decoding threads per process")
-    add("--device", metavar="NAME", type=filled, help="cpu, cuda, cuda:1; None is a GPU if present")
+    add("ref", metavar="REF", type=text, help="real images: a folder or a .npz file")
+    add("samples", metavar="SAMPLES", type=text, nargs="?", help="images to evaluate: likewise")
+    add("--save_stats", metavar="FILE", type=text, help="write REF's statistics and features")
+    add("--json", metavar="FILE", type=text, help="write the metrics to this file too")
+    add("--inception", metavar="FILE", type=text, help="weights; None downloads them once, 91 MiB")
+    add("--half_pixel", **SWITCH, default=0, help="resizing: 1 pytorch-fid's, 0 TensorFlow 1's")
+    add("--crop", metavar="N", type=number(int, 1), help="ADM's crop of folders to N x N pixels")
+    add("--batch", metavar="N", type=number(int, 1), default=64, help="images per batch, process")
+    add("--workers", metavar="N", type=number(int, 1), default=8, help="decoding threads a process")
+    add("--device", metavar="NAME", type=text, help="cpu, cuda, cuda:1; None is a GPU if present")
     args = parser.parse_intermixed_args()  # flags may stand between REF and SAMPLES
 
     if not args.samples and (args.json or not args.save_stats):
@@ -137,120 +84,71 @@ def parse_args():
     targets = [os.path.abspath(file) for file in (args.json, args.save_stats) if file]
     for file in targets:
         if os.path.lexists(file) or targets.count(file) > 1:
-            raise UserError(f"{file} is there already, or named twice; name another file.")
+            raise UserError(f"{file} is there already, or named twice: name another file")
         if not os.access(os.path.dirname(file), os.W_OK):
-            raise UserError(f"{file} cannot be written: its folder is missing or read-only.")
+            raise UserError(f"{file} cannot be written: its folder is missing or read-only")
     return args
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, and shows defaults."""
-
-
-def refuse_arguments(message):
-    raise UserError(f"{message}; see fid.py --help.")
-
-
-def filled(text):
-    """The argparse type of text that is not empty, as an unset variable of the shell is."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def positive(text):
-    """The argparse type of a whole number, 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return number
-
-
-@contextmanager
-def written_whole(path):
-    """Open a file for bytes, beside path until it is complete, so that path is never partial."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---- from two sets of images to the metrics ----
 
 
-def evaluate(args):
+def main():
     """Print the metrics of SAMPLES, and write the files that --json and --save_stats ask for."""
-    device = choose_device(args.device)
-    join_processes(device)
-    rank, _ = rank_and_world()
+    args = parse_args()
+    rank, _, device = join_processes(args.device)
 
-    sets = {}
-    for path in (args.ref, args.samples):
-        if path and path not in sets:  # the same path twice is processed once
-            sets[path] = open_set(path, args.half_pixel)
-    net = None
-    if any(images.count for images in sets.values()):
-        net = load_inception(args.inception, bool(args.half_pixel)).to(device)
+    # The same path twice is processed once.
+    sets = {path: open_set(path, args) for path in (args.ref, args.samples) if path}
+    # Stored features of SAMPLES need the network's last layer, for the Inception Score.
+    net, stored_samples = None, sets[args.samples][0] if args.samples else {}
+    if "pool" in stored_samples or any(count for _, count, _ in sets.values()):
+        load = functools.partial(load_inception, args.inception, bool(args.half_pixel))
+        net = local_rank_0_first(load).to(device)
     features = {}
-    for path, images in sets.items():
-        features[path] = images.stored
-        if images.count:
-            computed = run_network(net, images, path, args.batch, args.workers, device)
-            features[path] = computed | images.stored
+    for path, (stored, count, batches) in sets.items():
+        features[path] = stored
+        if count:
+            features[path] = run_network(net, count, batches, path, args.batch, device) | stored
 
-    if args.save_stats and rank == 0:
-        with written_whole(args.save_stats) as file:
+    # Ranks other than 0 have nothing left to do, and wait for it at the end.
+    if rank == 0 and args.save_stats:
+        with whole_file(args.save_stats) as file:
             np.savez(file, **features[args.ref])
-    if args.samples:
+    if rank == 0 and args.samples:
         metrics = compute_metrics(net, features[args.ref], features[args.samples], device)
-        if rank == 0:
-            report(metrics, args.json)
+        for name, needed in METRICS.items():
+            if name in metrics:
+                print(f"{name}: {metrics[name]}")
+            else:
+                note(f"{name} is left out: it needs {needed}.")
+        if args.json:
+            # The number of images whose features are known: not that of statistics alone.
+            sides = {"REF images": args.ref, "SAMPLES images": args.samples}
+            counts = {side: len(features[path].get("pool", ())) for side, path in sides.items()}
+            with whole_file(args.json) as file:
+                file.write(json.dumps(metrics | counts, indent=2).encode() + b"\n")
     leave_processes()
 
 
-def choose_device(name):
-    """Return the torch.device for --device, and make it current if it is a GPU.
+def run_network(net, count, batches, title, batch, device):
+    """Run the network on a set of images, and return their features by name.
 
-    Without a name it is a GPU if there is one. "cuda" is cuda:0, or under torchrun the GPU whose
-    number is LOCAL_RANK. Raises UserError if there is no such device.
-    """
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name is None:
-        name = "cuda" if gpus else "cpu"
-    if name == "cuda" and gpus:
-        name = f"cuda:{local_rank()}"
-    if name not in ("cpu", *gpus):
-        raise UserError(
-            f"--device {name} is not available; choose from {', '.join(['cpu', *gpus])}."
-        )
-    if name != "cpu":
-        torch.cuda.set_device(name)
-    return torch.device(name)
-
-
-def run_network(net, images, title, batch, workers, device):
-    """Run the network on the images of a Folder or Npz, and return their features by name.
-
-    All processes must call it: each runs a part of the images, and all return the whole.
-    title: what the progress bar says.
+    All processes must call it: each runs a part of the images, and all return the whole. count,
+    batches: as open_set returns them; title: what the progress bar says.
     """
     # Batches are dealt out to the processes in turn. So a batch holds the same images, and its
     # features are rounded in the same way, for any number of processes.
     rank, world = rank_and_world()
-    starts = range(rank * batch, images.count, world * batch)
-    spans = [(start, min(start + batch, images.count)) for start in starts]
-    batches = read_ahead(images.batches(spans, workers))
+    starts = range(rank * batch, count, world * batch)
+    spans = [(start, min(start + batch, count)) for start in starts]
 
-    pool = torch.zeros(images.count, 2048, device=device)
+    pool = torch.zeros(count, 2048, device=device)
     of_pool, of_spatial = Statistics(2048, device), Statistics(2023, device)
     bar = tqdm(spans, title, unit="batch", disable=rank > 0)
-    for (start, stop), pixels in zip(bar, batches, strict=True):
+    for (start, stop), pixels in zip(bar, batches(spans), strict=True):
         batch_pool, spatial = net(pixels.to(device).permute(0, 3, 1, 2))
-        pool[images.rows[start:stop]] = batch_pool
+        pool[start:stop] = batch_pool
         of_pool.update(batch_pool)
         of_spatial.update(spatial)
 
@@ -265,7 +163,7 @@ def compute_metrics(net, ref, samples, device):
     """Return the metrics by name, without those that cannot be computed.
 
     ref, samples: features by name. net: its last layer gives the Inception Score; None if no images
-    went through the network. All processes must call it, since they share the work.
+    went through the network.
     """
     ref_pool, pool = (torch.as_tensor(x.get("pool", ()), device=device) for x in (ref, samples))
     metrics = {}
@@ -286,22 +184,10 @@ def compute_metrics(net, ref, samples, device):
     return metrics
 
 
-def report(metrics, json_file):
-    """Print the metrics, say which are left out and why, and write json_file unless it is None."""
-    for name, needed in METRICS.items():
-        if name in metrics:
-            print(f"{name}: {metrics[name]}")
-        else:
-            note(f"{name} is left out: it needs {needed}.")
-    if json_file:
-        with written_whole(json_file) as file:
-            file.write(json.dumps(metrics, indent=2).encode() + b"\n")
-
-
-def note(text):
+def note(sentence):
     """Print a line beside the results, once for all processes."""
     if rank_and_world()[0] == 0:
-        print(text, file=sys.stderr)
+        print(sentence, file=sys.stderr)
 
 
 # ---- measures ----
@@ -422,9 +308,8 @@ def precision_recall(ref_pool, sample_pool, k=3):
     Precision is the fraction of samples that lie in some ball of the reference, recall the fraction
     of the reference that lies in some ball of the samples. Distances are float64.
 
-    ref_pool (N, d), sample_pool (M, d): all features, arrays or tensors on one device. With several
-    processes, all must call it with the same features. Raises ValueError for other shapes and if N
-    or M is not above k.
+    ref_pool (N, d), sample_pool (M, d): features, arrays or tensors on one device. Raises
+    ValueError for other shapes and if N or M is not above k.
     """
     ref, samples = torch.as_tensor(ref_pool), torch.as_tensor(sample_pool)
     if ref.ndim != 2 or ref.shape[1:] != samples.shape[1:] or min(len(ref), len(samples)) <= k:
@@ -441,9 +326,7 @@ def precision_recall(ref_pool, sample_pool, k=3):
     for rows, columns, distances in squared_distances(samples, ref, center, "precision, recall"):
         sample_hits[rows] += (distances <= ref_radii[columns]).sum(1)
         ref_hits[columns] += (distances <= sample_radii[rows, None]).sum(0)
-    precision = (all_reduce(sample_hits) > 0).double().mean().item()
-    recall = (all_reduce(ref_hits) > 0).double().mean().item()
-    return precision, recall
+    return (sample_hits > 0).double().mean().item(), (ref_hits > 0).double().mean().item()
 
 
 def squared_radii(points, center, k, title):
@@ -454,19 +337,16 @@ def squared_radii(points, center, k, title):
             # A point is not its own neighbour, but a copy of it in another row is one.
             distances.fill_diagonal_(math.inf)
         nearest[rows] = torch.cat([nearest[rows], distances], 1).topk(k, largest=False).values
-    # The rows of other processes are still infinite.
-    return all_reduce(nearest[:, -1].contiguous(), dist.ReduceOp.MIN)
+    return nearest[:, -1]
 
 
 def squared_distances(a, b, center, title, size=2048):
     """Yield a slice of a, a slice of b and the squared distances between their rows, 32 MiB.
 
-    The rows of a are divided among the processes. a (N, d), b (M, d). center (d,) is subtracted
-    from both: the smaller the norms, the smaller the rounding error.
+    a (N, d), b (M, d). center (d,) is subtracted from both: the smaller the norms, the smaller the
+    rounding error.
     """
-    rank, world = rank_and_world()
-    starts = range(rank * size, len(a), world * size)
-    for i in tqdm(starts, title, unit="block", disable=rank > 0):
+    for i in tqdm(range(0, len(a), size), title, unit="block"):
         x = a[i : i + size].double() - center
         for j in range(0, len(b), size):
             y = b[j : j + size].double() - center
@@ -484,46 +364,19 @@ def load_inception(path=None, half_pixel=False):
     """Return the network with the published weights, fused, frozen, in eval mode, on the CPU.
 
     path: the file of the weights. None is the file in torch's hub cache, which is downloaded on
-    first use; with several processes, all must then call this function. half_pixel: see
-    InceptionV3. Raises FileNotFoundError if there is no file, UserError if it holds something else.
+    first use. half_pixel: see InceptionV3. Raises UserError if the file cannot be read.
     """
     if path is None:
-        path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-        download_inception(path)
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path} with the Inception weights; get {URL}.")
-    net = InceptionV3(half_pixel)
-    try:
-        # dict() drops the format's version. PyTorch then accepts files without num_batches_tracked.
-        with open(path, "rb") as file:
-            net.load_state_dict(dict(torch.load(file, map_location="cpu", weights_only=True)))
-    except DAMAGED as error:
-        raise UserError(f"{path} cannot be read as the Inception weights; get {URL}.") from error
-    return net.fuse().requires_grad_(False)
-
-
-def download_inception(path):
-    """Download the published weights to path, unless they are there.
-
-    All processes must call it. Local rank 0 downloads for those of its machine. The others wait in
-    the exchange, through which all hear of a failure; then all raise the same FileNotFoundError.
-    """
-    failure = None
-    if local_rank() == 0 and not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix="6726825d")
-        except (OSError, RuntimeError) as error:  # no connection, no permission; a wrong hash
-            failure = str(error)
-    failures = [failure]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-    if any(failures):
-        raise FileNotFoundError(
-            f"The Inception weights cannot be downloaded ({max(filter(None, failures))}); put {URL} "
-            f"at {path} or give the file with --inception."
+        state = torch.hub.load_state_dict_from_url(
+            URL, map_location="cpu", check_hash=True, file_name=WEIGHTS, weights_only=True
         )
+    else:
+        with open(path, "rb") as file, reading(path):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    net = InceptionV3(half_pixel)
+    # dict() drops the format's version. PyTorch then accepts files without num_batches_tracked.
+    net.load_state_dict(dict(state))
+    return net.fuse().requires_grad_(False)
 
 
 class InceptionV3(nn.Module):
@@ -780,256 +633,254 @@ class Mixed7(nn.Module):
 
 # ---- sets of images ----
 
+# suffixes that Pillow knows and that are documents, videos or data
+NO_PICTURES = {".pdf", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".fli", ".flc"}
+NO_PICTURES |= {".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".iim", ".palm"}
+
 
 def list_images(folder):
-    """Find the images of a folder and its sub-folders.
+    """Find the images of a folder and its sub-folders, whose links are followed.
 
-    Returns their paths relative to it, sorted, and the number of other files, which were passed
+    Returns their paths relative to it, sorted, and the number of other files, which are passed
     over. An image has a suffix that Pillow knows and that is no document, video or data. Names that
-    begin with "." and __MACOSX are not there. A linked folder is followed unless it leads into the
-    set itself or to a folder around it, and no folder is listed twice.
-
-    Raises FileNotFoundError if there is no such folder, UserError if it holds no images, and
-    OSError if a folder in it cannot be read.
+    begin with "." and __MACOSX are not there. Raises OSError if a folder is missing or cannot be
+    read, UserError if there are no images.
     """
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"There is no folder {folder}.")
     suffixes = Image.registered_extensions().keys() - NO_PICTURES
-    files, others = [], 0
-    root, seen = os.path.realpath(folder), set()
-    for path, folders, names in os.walk(folder, followlinks=True, onerror=throw):
-        here = os.path.realpath(path)
-        if here in seen:
+    files, others, seen, errors = [], 0, set(), []
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        real = os.path.realpath(path)
+        if real in seen:  # reached through a link
             folders.clear()  # os.walk goes on into what is left in this list
             continue
-        seen.add(here)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if is_visible(name) and not leads_back(os.path.join(path, name), root, here)
-        )
-        inside = os.path.relpath(path, folder)
-        for name in filter(is_visible, names):
-            if os.path.splitext(name)[1].lower() in suffixes:
-                files.append(name if inside == "." else f"{inside}/{name}")
-            else:
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        inside = os.path.join(os.path.relpath(path, folder), "").removeprefix("./")
+        for name in names:
+            if os.path.splitext(name)[1].lower() in suffixes and name[0] != ".":
+                files.append(inside + name)
+            elif name[0] != ".":
                 others += 1
+    if errors:
+        raise errors[0]
     if not files:
-        raise UserError(
-            f"{folder} has no images but {others} other files; images have suffixes such as "
-            ".jpg, .png or .webp."
-        )
+        raise UserError(f"{folder} has no images (.jpg, .png, .webp, ...) but {others} other files")
     return sorted(files), others
 
 
-def throw(error):
-    raise error
-
-
-def is_visible(name):
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def leads_back(folder, *places):
-    """Whether a folder is a link to something that lies in one of these places or around it."""
-    if not os.path.islink(folder):
-        return False
-    target = os.path.realpath(folder)
-    return any(os.path.commonpath([target, place]) in (target, place) for place in places)
-
-
-def read_image(file):
+def read_image(file, labels=False):
     """Read a file as a viewer shows it, and return a PIL image in mode RGB.
 
     EXIF orientation is applied, and transparency is put over white. (pytorch-fid ignores the first
-    and shows the colors hidden under the second.) 16-bit grey is scaled by 65535, so a camera's 12
-    bits in 16 stay dark; 16-bit colors are cut to 8 bits by Pillow. Raises UserError with the
-    file's name if it cannot be read or has 32 bits per channel.
+    and shows the colors hidden under the second.) Color profiles are ignored. 16-bit grey is scaled
+    by 65535, so a camera's 12 bits in 16 stay dark; 16-bit colors are cut to 8 bits by Pillow.
+    labels: only apply the orientation, and keep the values as they are stored. Raises UserError
+    with the file's name if it cannot be read or has 32 bits per channel.
     """
-    try:
-        with Image.open(file) as image:
-            image.load()
-            with suppress(*DAMAGED):  # Unreadable EXIF data turn nothing.
-                ImageOps.exif_transpose(image, in_place=True)
-            # A PNG or PGM file has no more than 16 bits, but may come in a mode of 32.
-            narrow = image.mode == "I" and image.format in ("PNG", "PPM")
-            if narrow or image.mode.startswith("I;16"):
-                pixels = np.asarray(image)
-                clear = pixels == image.info.get("transparency", -1)
-                image = Image.fromarray(np.where(clear, 255, pixels >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError("it has 32 bits per channel; save it with 8 or 16")
-            elif image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except DAMAGED as error:
-        raise UserError(
-            f"{file} cannot be read as an image ({error}); replace or remove it."
-        ) from error
+    with reading(file), Image.open(file) as image:
+        image.load()
+        with suppress(Exception):  # EXIF data that cannot be read turn nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        if labels:
+            return image.copy()
+        # A PNG or PGM file has no more than 16 bits, but may come in a mode of 32.
+        narrow = image.mode == "I" and image.format in ("PNG", "PPM")
+        if narrow or image.mode.startswith("I;16"):
+            pixels = np.asarray(image)
+            clear = pixels == image.info.get("transparency", -1)
+            image = Image.fromarray(np.where(clear, 255, pixels >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("it has 32 bits per channel: save it with 8 or 16")
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_set(path, half_pixel=0):
-    """Return the Folder or Npz of a path, of which no image has been read yet.
+def center_crop(image, size):
+    """ADM's crop of a PIL image to size x size: halve with BOX while that leaves at least `size`,
+    resize the shorter side to `size` with BICUBIC, cut out the center."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    scaled = round(image.width * scale), round(image.height * scale)
+    image = image.resize(scaled, Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
-    half_pixel: how images are resized, which must be how those were whose features are stored.
-    Raises UserError or OSError if it cannot be used.
+
+def open_set(path, args):
+    """Return the stored features of a set of images by name, the number of images that have to go
+    through the network, and a function batches(spans).
+
+    batches yields the images of each span (start, stop), (N, H, W, 3) uint8, all of one size.
+    Raises UserError for a file that cannot be used, OSError for one that is missing.
     """
     if os.path.isdir(path):
-        return Folder(path, half_pixel)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no folder or .npz file {path}.")
-    return Npz(path, half_pixel)
-
-
-class Folder:
-    """The images of a folder; the attributes are those of Npz."""
-
-    def __init__(self, path, half_pixel):
         files, others = list_images(path)
-        self.files = [os.path.join(path, file) for file in files]
-        self.count = len(files)
-        self.stored = {"half_pixel": half_pixel}
+        note(f"{path}: {len(files)} images, {others} other files passed over")
         # The Inception Score is computed in splits. In the order of their names a split often holds
         # few classes, which lowers the score, so the order is random, but always the same.
-        self.rows = np.random.RandomState(0).permutation(self.count)
-        passed_over = f", {others} other files passed over" if others else ""
-        note(f"{path}: {self.count} images{passed_over}")
+        order = np.random.RandomState(0).permutation(len(files)).argsort()
+        files = [os.path.join(path, files[i]) for i in order]
+        batches = functools.partial(folder_batches, files, args.workers, args.crop)
+        return {"half_pixel": args.half_pixel}, len(files), batches
 
-    def batches(self, spans, workers):
-        """Yield the images of each span (start, stop), (N, H, W, 3) uint8, all of one size.
+    if not path.endswith(".npz"):
+        raise UserError(f"{path} is neither a folder nor a .npz file")
+    with open(path, "rb") as stream, reading(path), np.load(stream) as file:
+        stored = {name: file[name] for name in FEATURES if name in file.files}
+        if not stored and "arr_0" not in file.files:
+            raise ValueError(f"it has neither arr_0 nor {', '.join(STATISTICS)}")
+        if ("mu" in stored) != ("sigma" in stored) or ("mu_s" in stored) != ("sigma_s" in stored):
+            raise ValueError("of mu and sigma, or of mu_s and sigma_s, it has only one")
+        if not all(np.isfinite(array).all() for array in stored.values()):
+            raise ValueError("its features contain NaN or infinity")
+        count = 0
+        if "pool" not in stored and "arr_0" in file.files:
+            with file.zip.open("arr_0.npy") as array:
+                count = read_header(array)[0]
+    if not stored:
+        stored["half_pixel"] = args.half_pixel
+    elif "half_pixel" not in stored:
+        hint = "" if args.half_pixel else "; if they are pytorch-fid's, add --half_pixel 1"
+        note(f"{path} does not say how the images of its statistics were resized{hint}.")
+    elif stored["half_pixel"] != args.half_pixel:
+        raise UserError(
+            f"{path} was saved with --half_pixel {stored['half_pixel']}: give that here, too"
+        )
+    return stored, count, functools.partial(npz_batches, path)
 
-        workers: the number of threads that decode.
-        """
-        first = np.asarray(read_image(self.files[0]))
-        with ThreadPoolExecutor(workers) as pool:
-            for start, stop in spans:
-                files = self.files[start:stop]
-                images = list(pool.map(lambda file: np.asarray(read_image(file)), files))
-                for file, image in zip(files, images, strict=True):
-                    if image.shape != first.shape:
-                        raise UserError(
-                            f"{file} is (H, W, 3) = {image.shape}, but {self.files[0]} is "
-                            f"{first.shape}; bring the images of a set to one size first."
-                        )
-                yield torch.from_numpy(np.stack(images))
+
+def folder_batches(files, workers, crop, spans):
+    """Yield the images of the files in each span; `workers` threads decode the next ones ahead."""
+
+    def read(file):
+        image = read_image(file)
+        return np.asarray(center_crop(image, crop) if crop else image)
+
+    def stack(span, images):
+        images = list(images)
+        for file, image in zip(files[slice(*span)], images, strict=True):
+            if image.shape != shape:
+                raise UserError(
+                    f"{file} is (H, W, 3) = {image.shape}, but {files[0]} is {shape}: bring the "
+                    "images of a set to one size first, or --crop them"
+                )
+        return torch.from_numpy(np.stack(images))
+
+    shape = read(files[0]).shape
+    with ThreadPoolExecutor(workers) as pool:
+        before = None
+        for span in spans:
+            coming = span, pool.map(read, files[slice(*span)])  # which begins at once
+            if before:
+                yield stack(*before)
+            before = coming
+        if before:
+            yield stack(*before)
 
 
-class Npz:
-    """The images of a .npz file, features of images, or both.
+def npz_batches(path, spans):
+    """Yield the images of a .npz file in each span.
 
-    count: how many images have to go through the network; 0 if their pool features are stored.
-    stored: the features in the file, by name. Without half_pixel they do not say how the images
-    were resized. rows: the row of the pool features for each image.
+    The array may be compressed and larger than memory, so the file is read in pieces. It is read
+    forward and to its end, where zipfile compares the checksum: since Python 3.13 a seek switches
+    that off.
     """
-
-    def __init__(self, path, half_pixel):
-        self.path = path
-        self.count = 0
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.stored = read_stored(archive)
-                if "pool" not in self.stored and "arr_0.npy" in archive.namelist():
-                    with archive.open("arr_0.npy") as stream:
-                        self.count, *self.shape = read_header(stream)
-                        end = stream.tell() + self.count * math.prod(self.shape)
-                    if archive.getinfo("arr_0.npy").file_size < end:
-                        raise ValueError("arr_0 is cut off")
-            if not self.stored and not self.count:
-                raise ValueError(f"it has neither arr_0 nor {', '.join(STATISTICS)}")
-        except DAMAGED as error:
-            raise UserError(
-                f"{path} cannot be used ({error}); write or download it again."
-            ) from error
-        self.rows = np.arange(self.count)
-
-        if not self.stored:
-            self.stored = {"half_pixel": half_pixel}
-        elif "half_pixel" not in self.stored:
-            hint = "" if half_pixel else "; if they are pytorch-fid's, add --half_pixel 1"
-            note(f"{path} does not say how the images of its statistics were resized{hint}.")
-        elif self.stored["half_pixel"] != half_pixel:
-            raise UserError(
-                f"{path} was saved with --half_pixel {self.stored['half_pixel']}; give that here, too."
-            )
-
-    def batches(self, spans, workers):
-        """Yield the images of each span (start, stop), (N, H, W, 3) uint8; workers is not used.
-
-        The array may be compressed and larger than memory, so the file is read in pieces. It is
-        read forward and to its end, where zipfile compares the checksum: since Python 3.13 a seek
-        switches that off.
-        """
-        size = math.prod(self.shape)
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                read_header(stream)
-                position = 0
-                for start, stop in spans:
-                    for _ in range(position, start):
-                        stream.read(size)  # an image of another process
-                    pixels = bytearray(stream.read((stop - start) * size))
-                    yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape)
-                    position = stop
-                while stream.read(2**20):
-                    pass
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}); write or download it again."
-            ) from error
-
-
-def read_stored(archive):
-    """Return the features in an opened .npz file, by name. Raises ValueError if they are odd."""
-    stored = {}
-    dtypes = {"pool": np.float32, "half_pixel": np.int64}
-    for name, shape in FEATURES.items():
-        if f"{name}.npy" not in archive.namelist():
-            continue
-        with archive.open(f"{name}.npy") as stream:
-            array = np.lib.format.read_array(stream)
-            stream.read()  # at the end, zipfile compares the checksum
-        array = array.astype(dtypes.get(name, np.float64), copy=False)
-        expected = tuple(len(array) if n == "N" else n for n in shape)
-        if array.shape != expected or not np.isfinite(array).all():
-            raise ValueError(
-                f"{name} must be finite numbers of shape {shape}, but has shape {array.shape} or "
-                "contains NaN or infinity"
-            )
-        stored[name] = array
-    for pair in ({"mu", "sigma"}, {"mu_s", "sigma_s"}):
-        if len(pair & stored.keys()) == 1:
-            raise ValueError(f"it has only one of {' and '.join(sorted(pair))}")
-    return stored
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+        _, *shape = read_header(stream)
+        size, position = math.prod(shape), 0
+        for start, stop in spans:
+            with reading(path):
+                for _ in range(position, start):
+                    stream.read(size)  # an image of another process
+                pixels = bytearray(stream.read((stop - start) * size))
+            yield torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *shape)
+            position = stop
+        with reading(path):
+            while stream.read(2**20):
+                pass
 
 
 def read_header(stream):
-    """Read the header of arr_0.npy and return its shape, (N, H, W, 3); the pixels come next.
-
-    Raises ValueError if it does not hold at least 2 images in uint8.
-    """
-    if np.lib.format.read_magic(stream) == (1, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    else:
-        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
-    fits = len(shape) == 4 and shape[0] >= 2 and min(shape) > 0 and shape[3] == 3
-    if dtype != np.uint8 or fortran_order or not fits:
-        raise ValueError(
-            f"arr_0 must be uint8 of shape (2 or more, H, W, 3) in C order, but is {dtype} {shape}"
-        )
+    """Read the header of arr_0.npy and return its shape, (N, H, W, 3); the pixels come next."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0}
+    header = read.get(version, np.lib.format.read_array_header_2_0)(stream)
+    shape, fortran_order, dtype = header
+    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+        raise ValueError(f"arr_0 must be uint8 (N, H, W, 3) in C order, but is {dtype} {shape}")
     return shape
 
 
-def read_ahead(batches):
-    """Yield from the iterator batches; a thread reads the next one while the caller works."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = reader.submit(next, batches, None)
-            yield batch
+# ---- what the other scripts import, too: flags, processes, files, how a script ends ----
 
 
-# ---- several processes ----
+class UserError(ValueError):
+    """A mistake or a limit that the user can do something about; they see only the message."""
+
+
+def run_main(main):
+    """Run a script's main. A UserError, Ctrl-C and a loader process that died end it with one
+    sentence; everything else ends in its traceback."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (a closed one is None)
+        with suppress(AttributeError):  # a notebook's cannot be changed
+            stream.reconfigure(errors="backslashreplace")  # for paths that it cannot show
+        setattr(sys, name, stream)
+    try:
+        main()
+    except UserError as error:
+        # That of a loader process comes with its traceback, whose last line has the sentence.
+        sys.exit(str(error).rpartition("UserError: ")[2].strip())
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it once more
+        sys.exit("stopped; a training run goes on with --resume")
+    except RuntimeError as error:
+        # PyTorch raises this wherever the script happens to be.
+        if not re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
+            raise
+        sys.exit(
+            "a process that loads images died or hangs, perhaps for want of memory or of room in "
+            "/dev/shm (in Docker: --shm-size or --ipc=host): try fewer --workers "
+            f"({str(error).splitlines()[0]})"
+        )
+
+
+def new_parser(doc=None, **options):
+    """An argparse parser that shows the docstring as it is and the default of each flag."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=Help, allow_abbrev=False, **options
+    )
+
+
+def number(convert, low, high=math.inf):
+    """An argparse type: a finite number that convert, int or float, reads, from low to high."""
+
+    def parse(word):
+        value = convert(word)
+        if not low <= value <= high or math.isinf(value):
+            limits = f"of {low} or more" if math.isinf(high) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{word} is not a finite number {limits}")
+        return value
+
+    parse.__name__ = convert.__name__  # for argparse's message: "invalid int value: 'x'"
+    return parse
+
+
+def text(word):
+    """An argparse type: a word that is not empty, as an unset variable of the shell is."""
+    if not word:
+        raise argparse.ArgumentTypeError("an empty string")
+    return word
+
+
+SWITCH = dict(type=int, choices=(0, 1))  # of a flag that is on or off
 
 
 def local_rank():
@@ -1044,41 +895,92 @@ def rank_and_world():
     return 0, 1
 
 
-def join_processes(device):
-    """Join the other processes that torchrun has started, if any."""
-    if "RANK" not in os.environ:
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        # The other processes wait while the weights are downloaded, perhaps slowly.
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    except ValueError as error:  # a variable that torchrun sets is missing
-        raise UserError(f"RANK is set, but {error}; start with torchrun, or unset RANK.") from error
+def join_processes(device=None):
+    """Join the other processes that torchrun has started, if any. Returns this process's rank,
+    their number, and this process's device, "cpu" or "cuda:N", which becomes the current one.
+
+    device: "cpu", "cuda:N", or "cuda", which is GPU LOCAL_RANK of the machine; None is "cuda" if
+    there is a GPU. Raises UserError if there is no such device.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    device = device or ("cuda" if gpus else "cpu")
+    if device == "cuda":
+        device = f"cuda:{local_rank()}"
+    if device not in ("cpu", *gpus):
+        raise UserError(f"--device {device} is not there: PyTorch finds {len(gpus)} GPUs")
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        # gloo for what is on the CPU. The others wait for hours while rank 0 draws pictures or
+        # computes precision and recall, not for NCCL's ten minutes.
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    return *rank_and_world(), device
+
+
+def wait_for_all():
+    """Wait until all processes, if there are several, have come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def leave_processes():
-    """Close the process group, if any, with gloo after all processes have come here."""
-    if not dist.is_initialized():
-        return
-    if dist.get_backend() == "gloo":
-        # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's holds the last
+    """Wait for the other processes, then close the process group."""
+    if dist.is_initialized():
+        # PyTorch before 2.8 can hang in destroy_process_group if a thread of gloo's holds the last
         # reference to the barrier. This variable holds one until after that.
         barrier = dist.barrier(async_op=True)
         barrier.wait()
-    dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def local_rank_0_first(load):
+    """Return load(), which downloads a file in the first process of a machine; the others come
+    after it and find the file."""
+    if local_rank() > 0:
+        wait_for_all()
+    result = load()
+    if local_rank() == 0:
+        wait_for_all()
+    return result
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
-    """Reduce the tensor x over all processes, in place, and return it.
-
-    NCCL reduces tensors on a GPU only, so one on the CPU goes through the process's current GPU.
-    """
+    """Reduce the tensor x over all processes, in place, and return it."""
     if dist.is_initialized():
-        reduced = x.cuda() if dist.get_backend() == "nccl" else x
-        dist.all_reduce(reduced, op)
-        x.copy_(reduced)
+        dist.all_reduce(x, op)
     return x
 
 
+@contextmanager
+def whole_file(path, sync=False):
+    """A binary file to write, which becomes `path` when all of it is written.
+
+    Until then its name has this process's number, so that of two processes either file is whole.
+    sync: wait until it is on the disk.
+    """
+    part = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path):
+    """Around the reading of a file of which nothing is known: whatever the reader raises, dozens of
+    kinds, becomes a UserError with the file's name."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason})") from error
+
+
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -8,32 +8,41 @@
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  others' files
 
 Writes samples.png into --out, or with --num the files samples/000123-207.png (index, class). Those
-that are there are kept, so the same command goes on. Sample i depends on --seed and i alone, not on
-the number of processes or the batch. (The -- keeps torchrun from taking --num for an abbreviation
-of a flag of its own.)
+that are there are kept, so the same command goes on. The noise of sample i depends on --seed and i
+alone, its class on --labels and --per_class, too; the number of processes and the batch change
+rounding only, by one level in some pixels at most. (The -- keeps torchrun from taking --num for an
+abbreviation of a flag of its own.)
 """
 
-import argparse
-import datetime
 import functools
 import json
-import math
 import os
 import re
 import textwrap
-import time
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import ae
 import dit
-from ae import UserError, fingerprint, from_checkpoint, read_checkpoint, run_main, whole_file
-from ae import load as load_autoencoder
+from fid import (
+    SWITCH,
+    UserError,
+    join_processes,
+    leave_processes,
+    new_parser,
+    number,
+    rank_and_world,
+    run_main,
+    text,
+    wait_for_all,
+    whole_file,
+)
 
 # The ImageNet classes of figure II, from flamingo to vase.
 FIGURE_II = [130, 88, 250, 705, 947, 975, 952, 883]
@@ -46,9 +55,14 @@ def parse_args():
     add("--num", type=number(int, 1), help="draw this many files, not a grid")
     add("--npz", action="store_true", help="with --num: pack them as samples.npz, too")
     add("--per_class", action="store_true", help="with --num: as many of each class, in turns")
-    add("--labels", type=text, nargs="+", help="classes, such as 88 vase; None: all, a grid some")
+    add(
+        "--labels",
+        type=text,
+        nargs="+",
+        help="classes, such as 88 vase n02007558; None: all, a grid some",
+    )
     add("--columns", type=number(int, 1), default=8, help="pictures per class in a grid")
-    add("--seed", type=SEED, default=0, help="of noise and labels")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of noise and labels")
     add("--out", type=text, help="folder to write into; None: the checkpoint's")
 
     add = parser.add_argument_group("how; None: what the checkpoint says, else the paper's")
@@ -56,13 +70,14 @@ def parse_args():
     add("--steps", type=number(int, 1), help="Euler steps")
     add("--cfg_scale", type=number(float, 1), help="guidance scale, 1 is no guidance")
     add("--cfg_channels", type=number(int, 0), help="latent channels that are guided")
-    add("--cfg_start", type=number(float, 0, 1), help="t from which guidance applies")
+    add("--cfg_start", type=number(float, 0, 1), help="shifted t from which guidance applies")
     add("--shift", type=number(float, 1e-9), help="of the time grid, below 1 towards the noise")
 
     add = parser.add_argument_group("on what").add_argument
     add("--batch", type=number(int, 1), default=64, help="pictures per process at once")
     add("--device", type=text, help="cpu, cuda, cuda:1, ...; None: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the DiT's products")
+    dtypes = ("float32", "float16", "bfloat16")
+    add("--dtype", choices=dtypes, default="float32", help="of the DiT's products")
     add("--compile", **SWITCH, default=0, help="1: torch.compile the DiT")
 
     add = parser.add_argument_group("for a checkpoint that does not carry them").add_argument
@@ -70,7 +85,7 @@ def parse_args():
     add("--stats", type=text, help="PyTorch file of a dict with the latents' mean, std per channel")
     args = parser.parse_args()
     if (args.npz or args.per_class) and args.num is None:
-        raise UserError("--npz and --per_class go with --num, the number of samples")
+        parser.error("--npz and --per_class go with --num, the number of samples")
     return args
 
 
@@ -78,40 +93,54 @@ def main():
     args = parse_args()
     rank, world, device = join_processes(args.device)
 
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32 products
+
     # The DiT, its autoencoder, and the statistics by which its latents are normalised.
     model, info = dit.load(args.ckpt)
-    autoencoder = autoencoder_of(info, args.ckpt, args.ae)
-    latent_mean, latent_std = load_statistics(args, info)
-    check_fit(model, autoencoder, latent_mean, latent_std)
+    autoencoder = load_autoencoder(info, args.ckpt, args.ae)
+    latent_mean, latent_std = load_statistics(info, args.ckpt, args.stats)
+    check_latents(model, autoencoder, latent_mean, latent_std)
     parts = [part.to(device) for part in (model, autoencoder, latent_mean, latent_std)]
 
-    settings = sampling_settings(args, info, guided=model.class_dropout_prob > 0)
+    # The settings of sampling: the flag's, else the checkpoint's, else the paper's.
+    settings = dit.sampling_of(info)
+    if model.class_dropout_prob == 0:  # there is no null class
+        settings["cfg_scale"] = 1.0
+    given = {name: getattr(args, name) for name in settings}
+    settings |= {name: value for name, value in given.items() if value is not None}
     class_names = info.get("class_names", [""] * model.num_classes)
     names = names_in_words(class_names)
-    labels = parse_labels(args.labels, names)
+    labels = parse_labels(args.labels, names, class_names)
     if args.compile:
         model.compile(dynamic=False)
-    bfloat16 = args.dtype == "bfloat16"
     generate_samples = functools.partial(
-        generate, *parts, seed=args.seed, bfloat16=bfloat16, **settings
+        generate, *parts, seed=args.seed, dtype=args.dtype, **settings
     )
 
     out = args.out or os.path.dirname(args.ckpt) or "."
     if args.num is not None:
         record = {
-            "model": fingerprint(model.state_dict()),
-            "autoencoder": fingerprint(autoencoder.state_dict()),
-            "statistics": fingerprint({"mean": latent_mean, "std": latent_std}),
+            "model": ae.fingerprint(model.state_dict()),
+            "autoencoder": ae.fingerprint(autoencoder.state_dict()),
+            "statistics": ae.fingerprint({"mean": latent_mean, "std": latent_std}),
             "seed": args.seed,
             "labels": labels,
             "per_class": args.per_class,
             "dtype": args.dtype,
+            "class_names": class_names,  # in the order of the numbers in the files' names
             **settings,
         }
         classes = labels or list(range(model.num_classes))
+        odd = [i for i, name in enumerate(class_names) if name.isdecimal() and int(name) != i]
+        if odd and rank == 0:
+            print(
+                f"note: files are named by the number of a class among all, not by its name: "
+                f"{odd[0]} is the class {class_names[odd[0]]}, see settings.json"
+            )
         write_files(generate_samples, args, out, classes, record)
     elif rank == 0:
-        if model.num_classes == 1:
+        if labels is None and model.num_classes == 1:
             labels = [0] * 8
         elif labels is None and is_imagenet(class_names):
             labels = FIGURE_II
@@ -128,77 +157,57 @@ def main():
 # ---- What is drawn, and with what ----
 
 
-def autoencoder_of(info, owner, named):
-    """The autoencoder whose latents a DiT models: the one that its file `owner` carries in info, or
-    that --ae names.
+def load_autoencoder(info, path, named):
+    """The autoencoder whose latents a DiT models: the one that its file carries in info, or that
+    --ae names.
 
-    Beside one that the file carries, --ae may name a later decoder to the same encoder. Another
-    encoder has other latents: raises UserError.
+    path: the DiT's file. Beside an autoencoder that the file carries, --ae may name a later decoder
+    to the same encoder. Another encoder has other latents: raises UserError.
     """
     if "autoencoder" not in info:
         if not named:
-            raise UserError(f"{owner} carries no autoencoder: name it with --ae")
-        return load_autoencoder(named)
-    carried = from_checkpoint(info["autoencoder"], owner)
+            raise UserError(f"{path} carries no autoencoder: name it with --ae")
+        return ae.load(named)
+    carried = ae.from_checkpoint(info["autoencoder"], path)
     if not named:
         return carried
-    tuned = load_autoencoder(named)
-    if fingerprint(tuned.encoder_state()) != fingerprint(carried.encoder_state()):
+    later = ae.load(named)
+    if ae.fingerprint(later.encoder_state()) != ae.fingerprint(carried.encoder_state()):
         raise UserError(
-            f"--ae {named} is another autoencoder than the one that {owner} carries, on whose "
+            f"--ae {named} is another autoencoder than the one that {path} carries, on whose "
             "latents it was trained: leave --ae out"
         )
-    return tuned
+    return later
 
 
-def load_statistics(args, info):
-    """Mean and std of the latents, (C, 1, 1) each, from --stats or the DiT's own file."""
-    stats, names = info, ("latent_mean", "latent_std")
-    if args.stats:
-        stats, names = read_checkpoint(args.stats), ("mean", "std")
-    if not all(isinstance(stats.get(name), torch.Tensor) for name in names):
+def load_statistics(info, path, stats):
+    """Mean and std of the latents, (C, 1, 1) each, from the file that --stats names, or from info,
+    which the DiT's file `path` holds."""
+    found, names = info, ("latent_mean", "latent_std")
+    if stats:
+        path, found, names = stats, ae.read_checkpoint(stats), ("mean", "std")
+    if not all(isinstance(found.get(name), torch.Tensor) for name in names):
         raise UserError(
-            f"{args.stats or args.ckpt} holds no tensors {names[0]} and {names[1]} of the latents: "
-            "name the file that does with --stats"
+            f"{path} holds no tensors {names[0]} and {names[1]} of the latents: name the file that "
+            "does with --stats"
         )
-    mean, std = (stats[name].float().view(-1, 1, 1) for name in names)
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise UserError(f"the latents' statistics in {args.stats or args.ckpt} are not finite")
-    return mean, std
+    return (found[name].float().view(-1, 1, 1) for name in names)
 
 
-def check_fit(model, autoencoder, latent_mean, latent_std):
-    """Raises UserError if the DiT's latents are not those of the autoencoder and the statistics."""
+def check_latents(model, autoencoder, latent_mean, latent_std):
+    """Raises UserError if the DiT's latents are not those of the autoencoder and the statistics, or
+    if these cannot normalise."""
     size = model.grid * model.patch_size
-    wanted = (model.in_channels, size, size)
     pixels = autoencoder.image_size if autoencoder.vit else size * autoencoder.patch_size
     found = autoencoder.latent_shape(pixels, pixels)
-    if not (found == wanted and len(latent_mean) == len(latent_std) == model.in_channels):
+    if not found == (model.in_channels, size, size) == (len(latent_mean), size, size):
         raise UserError(
-            f"the autoencoder's latents {found} or the statistics ({len(latent_mean)} and "
-            f"{len(latent_std)} channels) do not fit the DiT's latents {wanted}: name those it was "
+            f"the autoencoder's latents {found} or the statistics ({len(latent_mean)} channels) do "
+            f"not fit the DiT's latents {(model.in_channels, size, size)}: name those it was "
             "trained on with --ae, --stats"
         )
-
-
-def sampling_settings(args, info, guided):
-    """Keyword arguments of dit.sample: the flag's, else the checkpoint's, else the paper's.
-
-    guided: whether the model has a null class. Raises UserError for guidance without one.
-    """
-    settings = dict(dit.SAMPLING)
-    if isinstance(info.get("args"), dict):  # a file of train_dit.py
-        saved = info["args"]
-        settings = {name: saved["sample_steps" if name == "steps" else name] for name in settings}
-    if not guided:
-        settings["cfg_scale"] = 1.0
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    settings |= given
-    if settings["cfg_scale"] > 1 and not guided:
-        raise UserError(
-            "--cfg_scale above 1 needs a DiT of several classes, trained with dropped labels"
-        )
-    return settings
+    if not (latent_mean.isfinite().all() and latent_std.isfinite().all() and latent_std.min() > 0):
+        raise UserError("the latents' mean or std is not finite, or a channel's std not above 0")
 
 
 @torch.no_grad()
@@ -210,12 +219,12 @@ def generate(
     indices,
     labels,
     seed,
-    bfloat16=False,
+    dtype="float32",
     **settings,
 ):
     """Samples by index, of the classes labels -> images, uint8 (N, H, W, 3).
 
-    The noise of a sample is by (seed, index). latent_mean, latent_std (C, 1, 1); bfloat16: of the
+    The noise of a sample is by (seed, index). latent_mean, latent_std (C, 1, 1); dtype: of the
     DiT's products, while the Euler state and the decoder stay in float32; settings: those of
     dit.sample.
     """
@@ -224,7 +233,7 @@ def generate(
     keys = [generator("cpu", SAMPLE, seed, index) for index in indices]
     noise = [torch.randn(model.in_channels, size, size, generator=key) for key in keys]
     noise, y = torch.stack(noise).to(device), torch.tensor(labels, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         z = dit.sample(model, noise, y, **settings)
     z = z * latent_std + latent_mean
     # Some at a time: a convolutional decoder takes 200 MiB for each image.
@@ -256,18 +265,23 @@ def caption(names, label):
     return str(label) if names[label] in ("", str(label)) else f"{names[label]} ({label})"
 
 
-def parse_labels(words, names):
+def parse_labels(words, names, class_names):
     """The numbers of the classes that --labels names, or None if it is not given.
 
-    A word is a class's name, else its name in other case, else its number. Raises UserError for a
-    word that is none of these, and for a name that several classes have.
+    A word is a class's name, else its name in other case, else that of its folder, else its number.
+    Raises UserError for a word that is none of these, and for a name that several classes have.
     """
     if words is None:
         return None
+    names, class_names = (
+        [unicodedata.normalize("NFC", name) for name in some] for some in (names, class_names)
+    )
     labels = []
     for word in words:
+        word = unicodedata.normalize("NFC", word)
         found = [label for label, name in enumerate(names) if name == word]
         found = found or [n for n, name in enumerate(names) if name.lower() == word.lower()]
+        found = found or [label for label, name in enumerate(class_names) if name == word]
         if not found and word.isdecimal() and int(word) < len(names):
             found = [int(word)]
         if not found:
@@ -291,16 +305,15 @@ def spread(num_classes):
 # ---- A grid, or files ----
 
 
-def write_grid(path, generate_samples, labels, captions, columns, batch, quiet=False):
+def write_grid(path, generate_samples, labels, captions, columns, batch):
     """A picture with a row of samples for each of labels, `batch` generated at once.
 
-    generate_samples(indices, labels): as generate; captions: of the rows; quiet: without a progress
-    bar.
+    generate_samples(indices, labels): as generate; captions: of the rows.
     """
     labels_of_samples = np.repeat(labels, columns).tolist()
     starts = range(0, len(labels_of_samples), batch)
     images = []
-    for start in tqdm(starts, "generating", unit="batch", disable=quiet):
+    for start in tqdm(starts, "generating", unit="batch"):
         some = labels_of_samples[start : start + batch]
         images.append(generate_samples(range(start, start + len(some)), some))
     images = np.concatenate(images)
@@ -317,8 +330,9 @@ def write_files(generate_samples, args, out, classes, record):
     folder, archive = os.path.join(out, "samples"), os.path.join(out, "samples.npz")
     if args.npz and os.path.exists(archive):
         raise UserError(f"{archive} exists: remove it, or name another folder with --out")
-    on_rank_0(claim, folder, record)
-    check_visible(folder)
+    if rank == 0:
+        claim(folder, record)
+    wait_for_all()
 
     # Each process takes every world-th index.
     there = set(files_by_index(folder))
@@ -336,13 +350,11 @@ def write_files(generate_samples, args, out, classes, record):
             with whole_file(os.path.join(folder, f"{index:06}-{label}.png")) as file:
                 Image.fromarray(image).save(file, "png")
 
-    if world > 1:
-        dist.barrier()  # all are drawn
-    if args.npz:
-        on_rank_0(pack, folder, archive, args.num)
+    wait_for_all()  # all are drawn
     if rank == 0:
         print(f"{folder} holds {len(files_by_index(folder))} samples")
         if args.npz:
+            pack(folder, archive, args.num)
             print(f"wrote {archive}, with {args.num} of them")
 
 
@@ -370,154 +382,28 @@ def pack(folder, path, num):
             np.save(array, np.array([int(name.split("-")[1][:-4]) for name in names]))
 
 
-# =================================================================================================
-# Shared with the training scripts: flags, processes, randomness, pictures
-# =================================================================================================
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with the script's docstring as it is, and with the default of each flag."""
-
-
-def new_parser(doc=None, **options):
-    """An argparse parser whose errors are UserErrors."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=Help, allow_abbrev=False, **options
-    )
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
-    return parser
-
-
-def number(convert, low, high=math.inf):
-    """An argparse type: a finite number that convert, int or float, reads, from low to high."""
-
-    def parse(word):
-        value = convert(word)
-        if not low <= value <= high or math.isinf(value):
-            limits = f"of {low} or more" if math.isinf(high) else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{word} is not a finite number {limits}")
-        return value
-
-    parse.__name__ = convert.__name__  # for argparse's message: "invalid int value: 'x'"
-    return parse
-
-
-def text(word):
-    """An argparse type: a word that is not empty, as an unset variable of the shell is."""
-    if not word:
-        raise argparse.ArgumentTypeError("an empty string")
-    return word
-
-
-SEED = number(int, 0, 2**32 - 1)
-DECAY = number(float, 0, 1 - 1e-9)
-SWITCH = dict(type=int, choices=(0, 1))
-
-
-def rank_and_world():
-    """This process's number and the number of processes, as torchrun says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def join_processes(device):
-    """Join the other processes, if there are any -> rank, world, this process's device: "cpu" or
-    "cuda:N", where it switches on TF32 for products.
-
-    device: what --device says. Raises UserError if it is not there.
-    """
-    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        raise UserError("of RANK and WORLD_SIZE, which torchrun sets, only one is set")
-    rank, world = rank_and_world()
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device in (None, "cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else device or "cpu"
-    if device not in ("cpu", *gpus):
-        raise UserError(f"--device {device} is not there: PyTorch finds {len(gpus)} GPUs")
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        # gloo for what is on the CPU. The others wait while rank 0 draws pictures, or while one
-        # process fills the last shard of a cache: hours, not NCCL's ten minutes.
-        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-        except ValueError as error:  # a variable of torchrun's is missing
-            raise UserError(f"WORLD_SIZE says {world} processes: {error}") from error
-    return rank, world, device
-
-
-def leave_processes():
-    """Wait for the other processes, then close the process group."""
-    if not dist.is_initialized():
-        return
-    # PyTorch 2.4 can hang in destroy_process_group if a thread of gloo's holds the last reference
-    # to the barrier. This variable holds one until after that.
-    barrier = dist.barrier(async_op=True)
-    barrier.wait()
-    dist.destroy_process_group()
-
-
-def on_rank_0(function, *args):
-    """Call a function in the first process, and return its result in all of them. Its UserError or
-    OSError is raised in all, too, so that none waits for one that has ended."""
-    result = error = None
-    if rank_and_world()[0] == 0:
-        try:
-            result = function(*args)
-        except (UserError, OSError) as found:
-            error = found
-    if dist.is_initialized():
-        box = [result, error]
-        dist.broadcast_object_list(box)
-        result, error = box
-    if error is not None:
-        raise error
-    return result
-
-
-def check_visible(path):
-    """Raises UserError, in all processes, if one of them does not see a path that rank 0 made.
-
-    A file system that nodes share may show it late: each has a minute.
-    """
-    deadline = time.time() + 60
-    while not (seen := os.path.exists(path)) and time.time() < deadline:
-        time.sleep(1)
-    everywhere = [seen]
-    if dist.is_initialized():
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, seen)
-    if not all(everywhere):
-        raise UserError(f"{path} must be on a file system that all nodes share")
-
-
 def claim(folder, record):
     """Make a folder for files that took time, with the record of what they are made from, or check
     that it has this record. record: plain values by name. Raises UserError if it has another."""
     path = os.path.join(folder, "settings.json")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
-        if set(os.listdir(folder)) - {"settings.json.tmp"}:
+        if any(not name.endswith(".tmp") for name in os.listdir(folder)):
             raise UserError(f"{folder} holds other files: choose another folder")
         with whole_file(path) as file:
             file.write(json.dumps(record, indent=1).encode())
-    try:
-        found = json.loads(Path(path).read_text())
-        different = [name for name, value in record.items() if found.get(name) != value]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): choose another folder") from error
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{folder} was made with other settings, its {name} is {found.get(name)} and not "
-            f"{record[name]}: choose another folder"
-        )
+    found = json.loads(Path(path).read_text())
+    for name in record:
+        if name in found and found[name] != record[name]:
+            raise UserError(
+                f"{folder} was made with other settings, its {name} is {found[name]} and not "
+                f"{record[name]}: choose another folder"
+            )
 
+
+# =================================================================================================
+# Shared with the training scripts: random numbers, pictures
+# =================================================================================================
 
 # Everything random has a key of four numbers: its stream, --seed and two more, such as a step or an
 # index (0 where there are none). So nothing depends on what was drawn with other keys.
@@ -540,7 +426,10 @@ def to_uint8(x):
     It is floor(clamp(127.5 x + 128, 0, 255)). Raises UserError for pixels that are not finite.
     """
     if not x.isfinite().all():
-        raise UserError("a picture has pixels that are not finite: the weights are damaged")
+        raise UserError(
+            "a picture has pixels that are not finite: the weights have diverged, --cfg_scale is "
+            "too large, or sample.py needs --dtype float32"
+        )
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -8,11 +8,13 @@
     python train_ae.py --data DIR --resume                      the same command goes on
     python train_ae.py --eval --ckpt A.pt B.pt --data VAL       judge autoencoders, a row each
 
-Writes ckpt.pt, log.jsonl and recon.png (originals above reconstructions) into --out. Which flags
-there are depends on the model: see python train_ae.py --model sdvae --data DIR --help.
+Training writes ckpt.pt, log.jsonl and recon.png (originals above reconstructions) into --out,
+--eval writes eval.json and a picture of each autoencoder. Which flags there are depends on the
+model: see python train_ae.py --model sdvae --data DIR --help.
 """
 
 import copy
+import fcntl
 import functools
 import hashlib
 import json
@@ -22,7 +24,9 @@ import re
 import signal
 import sys
 import time
+import unicodedata
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +44,17 @@ from tqdm import tqdm
 import ae
 import fid
 import sample
-from ae import UserError, whole_file
-from sample import SWITCH, generator, new_parser, number, on_rank_0, rank_and_world, text, to_uint8
+from fid import (
+    SWITCH,
+    UserError,
+    new_parser,
+    number,
+    rank_and_world,
+    text,
+    wait_for_all,
+    whole_file,
+)
+from sample import generator, to_uint8
 
 # ---- Recipes: how each autoencoder is trained ----
 #
@@ -54,25 +67,32 @@ CONV = dict(  # AE, DAE, VAE
     epochs=20,  # [O]
     warmup=1,  # [O] epochs in which the learning rate rises from 0
     schedule="cosine",  # [O] of the learning rate after the warm-up
+    decay_epochs=None,  # [O] the epoch at which the cosine reaches 0; None: the run's last
     batch=2048,  # [S] images per optimiser step, over all processes
     micro_batch=16,  # [O] images per process at once, the rest is gradient accumulation
     base_lr=1e-5,  # [S] learning rate at batch 256, scaled with the batch [R]
     betas=[0.9, 0.95],  # [O] AdamW
     weight_decay=0.0,  # [O] AdamW
-    ckpt_every=200,  # [O] steps; each takes some seconds
+    ckpt_every=200,  # [O] steps, each of which takes some seconds
 )
 VIT = dict(  # VMAE; that MAE is trained in the same way is our choice
     image_size=128,  # [R] pixels on a side; --tune_decoder goes on at 256
     mask_ratio=0.6,  # [S] share of the tokens that are masked; the release has 0.25
-    epochs=400,  # [R]
+    # [R] The release goes on from checkpoint-90, which is written after 91 epochs. A comment there
+    # speaks of 400, the name of a file of 200.
+    epochs=91,
     warmup=10,  # [R] epochs in which the learning rate rises from 0
     schedule="cosine",  # [R] half of one, to 0, after the warm-up
+    decay_epochs=400,  # [R] at which it would be 0
     batch=2048,  # [S] images per optimiser step, over all processes
-    micro_batch=128,  # [O] images per process at once
+    # [O] images per process at once. None: 256 at up to 128 pixels, fewer at more
+    micro_batch=None,
     base_lr=1e-4,  # [S] learning rate at batch 256, scaled with the batch [R]: here 8e-4
     betas=[0.9, 0.95],  # [R] AdamW
-    weight_decay=0.05,  # [R] of matrices and the mask token
+    weight_decay=0.05,  # [R] of all but biases and norms
     ckpt_every=500,  # [O]
+    # Beyond these the release trains in float16, has LPIPS in training mode, so that its dropout
+    # acts, and judges smoothness with the latents' std over the training images.
 )
 RECIPES = {
     "ae": CONV,
@@ -83,14 +103,17 @@ RECIPES = {
         epochs=20,  # [O]
         warmup=1,  # [O]
         schedule="constant",  # [O]
+        decay_epochs=None,
         batch=256,  # [S]
         micro_batch=8,  # [O]
-        base_lr=1e-5,  # [S]
+        base_lr=1e-5,  # [S] a tenth of VA-VAE's
         betas=[0.5, 0.9],  # [V]
         weight_decay=0.0,  # [V]
         disc_weight=0.5,  # [V] lambda_D of eq. 6, times the adaptive weight
-        # [O] first step with the adversarial term, as in VA-VAE; latent diffusion: 50,001
-        disc_start=5001,
+        # [V] first step with the adversarial term: latent diffusion's, the middle of our run.
+        # VA-VAE has 5,001, counted over both players' steps, without a warm-up and at ten times our
+        # rate; in our run that is the end of the warm-up.
+        disc_start=50_001,
         disc_loss="hinge",  # [V] eq. 6 writes "vanilla"
         ckpt_every=200,  # [O]
     ),
@@ -98,7 +121,7 @@ RECIPES = {
     "vmae": VIT,
     # VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction.
     "tune": dict(
-        init="out/vmae/ckpt.pt",  # [O] the first stage's end; release: epoch 90, step 56,301
+        init="out/vmae/ckpt.pt",  # [R] the end of the first stage; a file of any step will do
         out="out/vmae-tuned",
         freeze_encoder=1,  # [O] the release's comment says so, its script trains the encoder too
         image_size=256,  # [R]
@@ -108,6 +131,7 @@ RECIPES = {
         epochs=10,  # [R]
         warmup=0,  # [R]
         schedule="cosine",  # [R]
+        decay_epochs=None,  # [R]
         batch=2048,  # [R]
         micro_batch=32,  # [O]
         base_lr=1e-5,  # [R]
@@ -138,6 +162,7 @@ DEMO_VIT = dict(
     lpips=0.0,
     epochs=10,
     warmup=1,
+    decay_epochs=None,
     batch=32,  # many small steps: at 64 the digits are blurred
     base_lr=16e-3,
     weight_decay=0.0,
@@ -163,7 +188,8 @@ DEMO = {
     ),
 }
 
-# Settings that fix the shapes of the weights, or their meaning. --init brings its own.
+# Settings that fix the shapes of the weights, or their meaning. A checkpoint to start from or to go
+# on with brings its own. (Not image_size: a ViT's position tables are resized.)
 SIZES = (
     *("channels", "latent_dim", "quant_conv"),
     *("patch_size", "hidden_size", "depth", "decoder_depth", "num_heads"),
@@ -174,22 +200,36 @@ SIZES = (
 
 
 def parse_args():
-    """The settings: flags; where they are not given, the recipe; else the class's defaults."""
-    # The words that choose the recipe are read first; the recipe becomes the flags' defaults.
-    words = new_parser(add_help=False)
-    choose_recipe(words)
-    chosen, _ = words.parse_known_args()
+    """The settings: flags; where they are not given, the sizes that a checkpoint brings; else the
+    demo's, the recipe's, the class's."""
+    # The words that choose these defaults are read first.
+    words = first_words()
+    add = words.add_argument
+    add("--model", choices=list(ae.MODELS), default="vmae", help="which autoencoder")
+    add("--tune_decoder", action="store_true", help="VMAE's last stage, of the network in --init")
+    add("--eval", action="store_true", help="judge autoencoders, see --eval --help")
+    chosen, rest = words.parse_known_args()
     if chosen.eval:
         return parse_eval_args()
     if chosen.tune_decoder and chosen.model != "vmae":
-        raise UserError("--tune_decoder is VMAE's last stage: it goes with --model vmae")
+        words.error("--tune_decoder is VMAE's last stage: it goes with --model vmae")
+
+    # One dict of defaults.
     name = "tune" if chosen.tune_decoder else chosen.model
     settings = ae.settings_of(ae.MODELS[chosen.model]) | RECIPES[name]
+    settings = {"out": os.path.join("out", chosen.model)} | settings
     if chosen.data is None:
+        settings["out"] = os.path.join("out/demo", chosen.model)
         settings |= DEMO[name]
+    source, sizes = source_of_sizes(chosen, settings, rest), {}
+    if source:
+        start = load_start(source, chosen)
+        sizes = ae.settings_of(type(start)) | start.args
+        # The last stage keeps the weight of the KL, see build.
+        names = [*SIZES, "kl"] if chosen.tune_decoder else SIZES
+        sizes = {name: sizes[name] for name in names if name in sizes and name in settings}
 
-    parser = new_parser(__doc__)
-    choose_recipe(parser)
+    parser = new_parser(__doc__, parents=[words])
     add_run_flags(parser, demo=chosen.data is None)
     length = parser.add_mutually_exclusive_group().add_argument
     length("--epochs", type=number(float, 1e-9), help="length of the run")
@@ -229,37 +269,30 @@ def parse_args():
     add("--disc_loss", choices=("hinge", "vanilla"), help="D's loss: VQGAN's or eq. 6's")
     # the optimiser
     add("--warmup", type=number(float, 0), help="epochs in which the learning rate rises from 0")
+    add(
+        "--decay_epochs",
+        type=number(float, 1e-9),
+        help="at which the cosine reaches 0; at least the run's",
+    )
     add("--base_lr", type=number(float, 0), help="learning rate at batch 256")
-    add("--weight_decay", type=number(float, 0), help="AdamW, of matrices and the mask token")
-
-    out = os.path.join("out/demo" if chosen.data is None else "out", chosen.model)
-    return parse_with_init(parser, {"out": out} | settings, sizes_of)
+    add("--weight_decay", type=number(float, 0), help="AdamW, of all but biases and norms")
+    return parse_flags(parser, settings, sizes, source)
 
 
-def choose_recipe(parser):
-    """Add the flags that choose a recipe, which are read before the others."""
-    add = parser.add_argument
-    add("--model", choices=list(ae.MODELS), default="vmae", help="which autoencoder")
-    add("--data", type=text, help="folder of images; None: the demo, on digits")
-    add("--tune_decoder", action="store_true", help="VMAE's last stage, of the network in --init")
-    add("--eval", action="store_true", help="judge autoencoders, see --eval --help")
-
-
-def sizes_of(args):
-    """The sizes of the network in --init, by the names of the flags that have them."""
-    if args.tune_decoder and not os.path.exists(args.init):
-        data = f" --data {args.data}" if args.data else ""
-        raise FileNotFoundError(
-            f"--tune_decoder goes on with the first stage, and there is none in {args.init}: train "
-            f"it (train_ae.py{data}), or name its checkpoint with --init"
+def load_start(path, chosen):
+    """The autoencoder in a checkpoint that brings the sizes of the network."""
+    if chosen.tune_decoder and not os.path.exists(path):
+        data = f" --data {chosen.data}" if chosen.data else ""
+        raise UserError(
+            f"--tune_decoder goes on with the first stage, and there is none in {path}: train it "
+            f"(train_ae.py{data}), or name its checkpoint with --init"
         )
-    start = ae.load(args.init)
-    if args.tune_decoder and start.args["model"] != "vmae":
-        raise UserError(f"--tune_decoder is VMAE's last stage, {args.init} is of another model")
-    brought = ae.settings_of(type(start)) | start.args
-    # The last stage keeps the weight of the KL, see build.
-    names = [*SIZES, "kl"] if args.tune_decoder else SIZES
-    return {name: brought[name] for name in names if name in brought and name in args}
+    start = ae.load(path)
+    if chosen.tune_decoder and start.args["model"] != "vmae":
+        raise UserError(f"--tune_decoder is VMAE's last stage, {path} is of another model")
+    if start.vit != ae.MODELS[chosen.model].vit:
+        raise UserError(f"{path} is of another kind of model: {start.args['model']}")
+    return start
 
 
 def main():
@@ -268,28 +301,36 @@ def main():
         evaluate(args)
     else:
         train(args)
-    sample.leave_processes()
+    fid.leave_processes()
 
 
 # ---- Training ----
 
 
 def train(args):
-    """Train an autoencoder, from the start or from the checkpoint in --out."""
-    # The images, the processes, and what follows from other settings.
+    """Train an autoencoder: anew, from the weights in --init, or on from --out's checkpoint."""
+    # The processes, the images, the checkpoint to go on from, what follows from other settings.
+    rank, world, device = fid.join_processes(args.device)
     images = Images(args.data)
-    rank, world, device = sample.join_processes(args.device)
+    ckpt = open_run(args)
     if args.steps is None:
         args.steps = max(1, round(args.epochs * len(images) / args.batch))
     args.epochs = round(args.steps * args.batch / len(images), 3)
-    slices = resolve(args, rank, world, device)
+    if args.micro_batch is None:
+        # The memory of a micro-batch grows with its pixels.
+        args.micro_batch = max(1, int(256 * min(1, 128 / args.image_size) ** 2))
+    slices = resolve(args, device)
+    first_step = check_run(args, images, ckpt)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    warmup_steps = args.warmup * len(images) / args.batch
 
-    # The network; LPIPS, if it is a term; the discriminator of eq. 6.
+    # The learning rate: its highest value, and the steps at which it reaches that and 0.
+    peak_lr = args.base_lr * args.batch / 256
+    warmup_steps = args.warmup * len(images) / args.batch
+    decay_steps = max(args.steps, (args.decay_epochs or 0) * len(images) / args.batch)
+
+    # The network, and the discriminator of eq. 6.
     torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
-    net = build(args).to(device)
-    perceptual = perceptual_loss(device) if vars(args).get("lpips") else None
+    net = build(args, start_anew=ckpt is None).to(device)
     optimizers = [make_optimizer(net, args)]
     adversarial = isinstance(net, ae.SDVAE)
     if adversarial:
@@ -299,17 +340,27 @@ def train(args):
         if world > 1 and device != "cpu":  # [O] latent diffusion's is per GPU
             disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         optimizers.append(make_optimizer(disc, args))
-
-    # The checkpoint, with --resume.
-    ckpt = begin(args, images, net)
-    first_step = ckpt["step"] + 1 if ckpt else 1
     if ckpt:
         net.load_state_dict(ckpt["model"])
         optimizers[0].load_state_dict(ckpt["optimizer"])
         if adversarial:
             disc.load_state_dict(ckpt["disc"])
             optimizers[1].load_state_dict(ckpt["disc_optimizer"])
-        del ckpt
+    del ckpt
+    describe(args, images, net, peak_lr, warmup_steps)
+    picture = os.path.join(args.out, "recon.png")
+    preview = preview_images(args, images, device) if rank == 0 else None
+    if first_step > args.steps:
+        if rank == 0 and not os.path.exists(picture):
+            save_reconstructions(args, net, preview, picture)
+        if rank == 0:
+            print(f"finished before: see {args.out}/ckpt.pt and {picture}")
+        return
+
+    writer = tensorboard(args, first_step)
+
+    # LPIPS, if it is a term; the network as it is trained.
+    perceptual = perceptual_loss(device) if vars(args).get("lpips") else None
     if args.compile:
         compile_for_training(net, adversarial)
     model = net
@@ -322,22 +373,22 @@ def train(args):
         transform = functools.partial(crop_and_flip, args.image_size)
     order = training_order(args, images, slices, first_step)
     batches = load_batches(Batches(images, transform), order, args.workers, device)
-    preview = preview_images(args, images, device) if rank == 0 else None
 
     history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
     skipped_in_row = torch.zeros((), device=device)
     since = time.time(), first_step - 1  # the clock for images/s: its start, and after which step
 
     for step in range(first_step, args.steps + 1):
-        # Everything random is drawn for the global batch, and each micro-batch takes its rows: more
+        # Masks and noise are drawn for the global batch, and each micro-batch takes its rows: more
         # processes or smaller micro-batches change the speed, not the run. SD-VAE is the exception:
-        # D's batch norm and the adaptive weight see one micro-batch at a time.
+        # D's batch norm and the adaptive weight see one micro-batch at a time. (Order, flips and
+        # crops of the images have keys of their own, see training_order.)
         rng = generator(device, sample.STEP, args.seed, step)
         randomness = net.randomness(args.batch, args.image_size, rng)
         with_disc = adversarial and step >= args.disc_start
 
         for rows in slices:
-            x, _, unreadable = next(batches)
+            x, _ = next(batches)
             # DDP averages gradients over the processes, once per step.
             model.require_backward_grad_sync = rows == slices[-1]
 
@@ -355,18 +406,20 @@ def train(args):
             (loss / len(slices)).backward()
             if with_disc:
                 (loss_d / len(slices)).backward()
-            terms |= {"loss": loss.detach(), "unreadable": unreadable.mean()}
-            for name, value in terms.items():
+            for name, value in (terms | {"loss": loss.detach()}).items():
                 history[name].append(value)
 
         # The optimiser step. A loss that is not finite, in any process, makes the norm of the
         # averaged gradients not finite in all: the step then changes nothing.
         norms = [clip_grad_norm_(net.parameters(), args.grad_clip)]
         if with_disc:
-            average_gradients(disc, world)
+            if world > 1:  # as DDP does it for the other player
+                for p in disc.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= world
             norms.append(clip_grad_norm_(disc.parameters(), args.grad_clip))
         skip = 1 - torch.stack(norms).isfinite().all().float()
-        lr = learning_rate(args, step, args.base_lr * args.batch / 256, warmup_steps)
+        lr = learning_rate(args, step, peak_lr, warmup_steps, decay_steps)
         for optimizer in optimizers[: len(norms)]:
             update(optimizer, lr, skip)
         skipped_in_row = (skipped_in_row + 1) * skip
@@ -375,48 +428,43 @@ def train(args):
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
-            log(args, step, history, lr, skipped_in_row, since)
+            log(args, step, history, lr, skipped_in_row, since, writer)
             history, since = defaultdict(list), (time.time(), step)
 
-        # A checkpoint and pictures, every --ckpt_every steps.
+        # Pictures and a checkpoint, every --ckpt_every or --keep_every steps and at the end.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
             states = {"model": net.state_dict(), "optimizer": optimizers[0].state_dict()}
             if adversarial:
                 states["disc"] = disc.state_dict()
                 states["disc_optimizer"] = optimizers[1].state_dict()
+            save_reconstructions(args, net, preview, picture)
+            show(writer, picture, step)
             save(args, step, images, numbered, states)
-            save_reconstructions(args, net, preview)
             since = time.time(), step  # images/s are those of training alone
 
     if rank == 0:
-        print(f"finished: see {args.out}/ckpt.pt and {args.out}/recon.png")
+        print(f"finished: see {args.out}/ckpt.pt and {picture}")
 
 
-def build(args):
-    """The autoencoder that the settings describe, with the weights of --init if there are any.
-
-    Raises UserError if the settings or the weights do not fit.
-    """
-    net = ae.build(vars(args))
-    net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
-    if args.init:
-        start = ae.load(args.init)
-        state = start.state_dict()
-        if start.vit and net.vit:
-            state = ae.resize_positions(state, net.grid)
-        try:
-            net.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(
-                f"--init {args.init} is of another model than the flags say: it holds a "
-                f"{start.args['model']}"
-            ) from error
+def build(args, start_anew=True):
+    """The autoencoder that the settings describe, with the weights of --init if there are any and
+    the run starts anew. Raises UserError if the settings do not fit."""
+    settings = vars(args)
     if args.tune_decoder:
-        # Without its weight there is no KL, and the latent is the posterior's mean. args.kl, which
-        # goes into the checkpoint, stays the first stage's: the DiT then samples the posterior.
-        net.weights["kl"] = 0.0
-        net.mask_token.requires_grad_(False)  # by default nothing is masked
+        # The last stage decodes the posterior's mean, as a VMAE without a weight of the KL does.
+        # args.kl, which goes into the file, stays the first stage's, so that a DiT on this file
+        # draws from the posterior as before.
+        settings = settings | {"kl": 0.0}
+    net = ae.build(settings)
+    net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
+    if args.init and start_anew:
+        state = ae.load(args.init).state_dict()
+        if net.vit:
+            state = ae.resize_positions(state, net.grid)
+        net.load_state_dict(state)
+    if args.tune_decoder:
+        net.mask_token.requires_grad_(False)  # this stage is meant to be without masks
         if args.freeze_encoder:
             for name in net.encoder_state():
                 net.get_parameter(name).requires_grad_(False)
@@ -425,7 +473,8 @@ def build(args):
 
 def perceptual_loss(device):
     """LPIPS as the term of an objective, (x_hat, x) -> scalar."""
-    lpips = ae.lpips_vgg().to(device, memory_format=torch.channels_last)
+    lpips = fid.local_rank_0_first(ae.lpips_vgg)
+    lpips = lpips.to(device, memory_format=torch.channels_last)
     return lambda x_hat, x: lpips(x_hat, x).mean()
 
 
@@ -441,14 +490,6 @@ def make_optimizer(net, args):
     return torch.optim.AdamW(groups, 0, args.betas, fused=True)
 
 
-def average_gradients(module, world):
-    """Over the processes, for a module that DDP does not wrap."""
-    if world > 1:
-        for p in module.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= world
-
-
 def compile_for_training(net, adversarial=False):
     """torch.compile, in place, of an autoencoder or a DiT.
 
@@ -458,9 +499,9 @@ def compile_for_training(net, adversarial=False):
     parts = [net]
     if adversarial:
         parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
-    # DDP's own splitting of the graph has computed wrong gradients (PyTorch 2.4); no public setting
-    # turns it off. Sizes never change in training; if they may, all levels of an SD-VAE share a
-    # graph of symbolic sizes, which 2.8 fails to compile.
+    # DDP's splitting of the graph has computed wrong gradients (PyTorch 2.4): compile it whole.
+    # Sizes never change in training; if they may, all levels of an SD-VAE share a graph of symbolic
+    # sizes, which 2.8 fails to compile.
     torch._dynamo.config.optimize_ddp = False
     for part in parts:
         part.compile(dynamic=False)
@@ -474,14 +515,14 @@ def preview_images(args, images, device):
     shown = Images(held_out=True) if images.digits else images
     keys = [[(i * len(shown) // 10, 0, False) for i in range(10)]]
     crop = functools.partial(crop_and_flip, args.image_size)
-    return next(load_batches(Batches(shown, crop), keys, args.workers, device))[0]
+    return next(load_batches(Batches(shown, crop), keys, 0, device))[0]
 
 
 @torch.no_grad()
-def save_reconstructions(args, net, x):
+def save_reconstructions(args, net, x, path):
     """recon.png: originals, reconstructions; with masking also what the encoder sees in training
     and what the decoder makes of it."""
-    # A copy, which is not compiled: a batch of another size would compile everything once more.
+    # A copy is not compiled: for a batch of another size, SD-VAE's parts would be once more.
     net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if net.vit and args.mask_ratio > 0:
@@ -493,76 +534,143 @@ def save_reconstructions(args, net, x):
         pictures["masked input"] = x * (1 - mask)
         pictures["prediction"] = torch.where(mask > 0, prediction, x)
     rows = [to_uint8(row) for row in pictures.values()]
-    sample.save_grid(os.path.join(args.out, "recon.png"), rows, list(pictures))
+    sample.save_grid(path, rows, list(pictures))
 
 
 # =================================================================================================
-# Shared with train_dit.py: flags, the start of a run, its steps, its log and checkpoints
+# Shared with train_dit.py: flags, the start of a run, its steps, log, checkpoints; images, batches
 # =================================================================================================
 
 # Settings that may change on --resume.
 FREE = {
     *("resume", "data", "cache", "out", "device", "dtype", "compile", "workers", "micro_batch"),
-    *("log_every", "ckpt_every", "keep_every", "base_lr", "lr", "grad_clip"),
+    *("log_every", "ckpt_every", "keep_every", "base_lr", "lr", "grad_clip", "tensorboard"),
     "epochs",  # which follows from --steps
 }
 
 
-def add_run_flags(parser, demo):
-    """The flags of both training scripts, beside those that choose a recipe."""
-    add = parser.add_argument
+def first_words():
+    """A parser of the flags that are read first, since they choose the defaults of others."""
+    words = new_parser(add_help=False)
+    add_common_flags(words)
+    add = words.add_argument
     add("--init", type=text, help="checkpoint to start from; it brings the network's sizes")
-    add("--out", type=text, help="folder for checkpoint, log and pictures")
     add("--resume", action="store_true", help="go on from --out's checkpoint, if there is one")
-    add("--seed", type=sample.SEED, default=0, help="of everything random")
+    return words
+
+
+def add_common_flags(parser):
+    add = parser.add_argument
+    add("--data", type=text, help="folder of images; None: the demo, on digits")
+    add("--out", type=text, help="folder for what is written")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random")
     add("--device", type=text, help="cpu, cuda, cuda:1, ...; None: cuda if there is one")
+    add("--workers", type=number(int, 0), help="loader processes per rank; None: by the CPUs")
+    add("--micro_batch", type=number(int, 1), help="images per process at once, at most")
+
+
+def add_run_flags(parser, demo):
+    """The flags of both training scripts, beside those of first_words."""
+    add = parser.add_argument
     add("--dtype", choices=("float32", "bfloat16"), help="of products; None: bfloat16 on cuda")
     add("--compile", **SWITCH, help="torch.compile; None: 1 on cuda")
-    workers = 0 if demo else min(8, os.cpu_count())  # digits need no processes that load them
-    add("--workers", type=number(int, 0), default=workers, help="loader processes per rank")
     add("--log_every", type=number(int, 1), default=50 if demo else 100, help="steps")
     add("--ckpt_every", type=number(int, 1), help="steps between checkpoints")
     add("--keep_every", type=number(int, 1), help="steps between numbered checkpoints that stay")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into --out")
     add("--batch", type=number(int, 1), help="images per optimiser step, over all processes")
-    add("--micro_batch", type=number(int, 1), help="images per process at once, at most")
     add("--schedule", choices=("cosine", "constant"), help="of the learning rate")
-    add("--betas", type=sample.DECAY, nargs=2, help="AdamW")
+    add("--betas", type=number(float, 0, 1 - 1e-9), nargs=2, help="AdamW")
     # [R] no clipping
     add("--grad_clip", type=number(float, 1e-9), default=math.inf, help="largest norm of gradients")
 
 
-def parse_with_init(parser, settings, sizes_of):
+def source_of_sizes(chosen, settings, rest):
+    """The checkpoint that brings the sizes of the network, or None: that of --out with --resume,
+    else that of --init. For --help no file is read."""
+    if "-h" in rest or "--help" in rest:
+        return None
+    ckpt = os.path.join(chosen.out or settings["out"], "ckpt.pt")
+    if chosen.resume and os.path.exists(ckpt):
+        return ckpt
+    return chosen.init or settings.get("init")
+
+
+def parse_flags(parser, settings, sizes, source):
     """Parse the command line. Defaults are the settings, each of which must have its flag, and the
-    sizes that --init brings; raises UserError for flags that differ from those."""
+    sizes that the file `source` brings; raises UserError for a flag that differs from these."""
     missing = settings.keys() - vars(parser.parse_args([])).keys()
     assert not missing, f"settings without a flag: {missing}"
-
-    def parse(defaults):
-        # Lists, as argparse makes them of flags.
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
-        parser.set_defaults(**lists)
-        return parser.parse_args()
-
-    args = parse(settings)
-    if args.init:
-        sizes = sizes_of(args)
-        args = parse(sizes)
-        for name in sizes:
-            value, brought = getattr(args, name), parser.get_default(name)
-            if value != brought:
-                raise UserError(f"--{name} {value}: {args.init} has {brought}")
+    # argparse makes lists of flags, and a file's are compared with them.
+    defaults = settings | sizes
+    defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    for name in sizes:
+        if getattr(args, name) != defaults[name]:
+            raise UserError(f"--{name} {getattr(args, name)}: {source} has {defaults[name]}")
     return args
 
 
 # ---- The start of a run ----
 
 
-def resolve(args, rank, world, device):
-    """Settle the settings that are None or follow from others, in place. Returns this process's
-    share of every global batch, as slices of it, one per micro-batch."""
-    if rank == 0:
+def open_run(args):
+    """Claim --out -> with --resume its checkpoint, else None."""
+    if rank_and_world()[0] == 0:
         print("demo settings (no --data given)" if args.data is None else "paper settings")
+        claim_out(args)
+        # The system releases the lock when this process ends, and loader processes do not have it.
+        lock = os.open(os.path.join(args.out, ".lock"), os.O_CREAT | os.O_WRONLY)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is writing into {args.out}: end it first") from None
+        except OSError as error:
+            print(f"warning: {args.out} cannot be locked ({error}): start no second run in it")
+    wait_for_all()
+    path = os.path.join(args.out, "ckpt.pt")
+    if not (args.resume and os.path.exists(path)):
+        return None
+    ckpt = ae.read_checkpoint(path)
+    if not {"model", "optimizer", "step", "args", "images"} <= ckpt.keys():
+        raise UserError(f"{path} is no checkpoint of a run, which --resume could go on with")
+    # Files that the run no longer needs, and what it made of --ema, stay as they were.
+    for name in ("ae", "init", "stats", "ema"):
+        if name in ckpt["args"] and name in args and (name != "ema" or args.ema is None):
+            setattr(args, name, ckpt["args"][name])
+    if "decay_epochs" in args and "decay_epochs" not in ckpt["args"]:
+        args.decay_epochs = None  # files until 2026-11: the cosine ends with the run
+    return ckpt
+
+
+def claim_out(args):
+    """Make --out. Raises UserError where nothing may be written: inside --data, beside other files
+    without --resume, among numbered checkpoints of which none is ckpt.pt."""
+    data = Path(args.data).resolve() if args.data else None
+    for folder in filter(None, (args.out, vars(args).get("cache"))):
+        if data in (Path(folder).resolve(), *Path(folder).resolve().parents):
+            raise UserError(f"{folder} lies inside --data {args.data}: choose another folder")
+    os.makedirs(args.out, exist_ok=True)
+    files = sorted(file.name for file in os.scandir(args.out) if file.is_file())
+    files = [name for name in files if not name.startswith(".")]
+    resume = vars(args).get("resume")
+    if files and not resume:
+        hint = "" if resume is None else "go on with --resume, or "
+        raise UserError(f"{args.out} has files: {hint}choose another --out")
+    numbered = [name for name in files if re.fullmatch(r"ckpt-\d+\.pt", name)]
+    if numbered and "ckpt.pt" not in files:
+        raise UserError(
+            f"{args.out} has no ckpt.pt: to go on from {numbered[-1]}, copy it to ckpt.pt"
+        )
+
+
+def resolve(args, device):
+    """Settle the settings that are None or follow from others, in place, and TF32. Returns this
+    process's share of every global batch, as slices of it, one per micro-batch."""
     on_gpu = device != "cpu"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
     args.device = "cuda" if on_gpu else "cpu"
     if args.dtype is None:
         # GPUs before Ampere have no bfloat16 products.
@@ -570,114 +678,137 @@ def resolve(args, rank, world, device):
         args.dtype = "bfloat16" if ampere else "float32"
     if args.compile is None:
         args.compile = int(on_gpu)
+    if args.workers is None:
+        args.workers = default_workers(args.data)
+    rank, world = rank_and_world()
     if args.batch % world:
         raise UserError(f"--batch {args.batch} does not divide over {world} processes")
     share = args.batch // world
     # The largest part of the share that is not above --micro_batch.
-    args.micro_batch = max(m for m in range(1, args.micro_batch + 1) if share % m == 0)
+    most = min(args.micro_batch, share)
+    args.micro_batch = max(m for m in range(1, most + 1) if share % m == 0)
     starts = range(rank * share, (rank + 1) * share, args.micro_batch)
     return [slice(start, start + args.micro_batch) for start in starts]
 
 
-def begin(args, images, net):
-    """Claim --out and print what begins -> with --resume the checkpoint to go on from, else None.
+def default_workers(data):
+    """Loader processes per rank: the CPUs that this process may use, shared by the ranks of the
+    machine, 16 at most; none for digits."""
+    if data is None:
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-    Raises UserError if --out has files and --resume is not given, if its checkpoint is damaged, or
-    if the run had other settings or images.
+
+def check_run(args, images, ckpt):
+    """The step that the run begins or goes on with. Drops the log's lines from it on.
+
+    Raises UserError if the run of ckpt had other images or settings, those of FREE excepted, and if
+    the processes do not see the same images and the same checkpoint.
     """
-    path = on_rank_0(claim_out, args)
-    sample.check_visible(path or args.out)
-    ckpt = None
-    if path:
-        try:
-            ckpt = ae.read_checkpoint(path)
-        except UserError as error:
-            raise UserError(f"{error}: copy a numbered checkpoint to it, or remove it") from error
-        changed = changed_settings(args, images, ckpt)
-    on_rank_0(start_log, args, ckpt["step"] if ckpt else 0)
-
-    rank, world = rank_and_world()
-    if rank == 0:
-        print("  ".join(f"{name} {value}" for name, value in vars(args).items()))
-        print(
-            f"{len(images):,} images of {len(images.classes)} classes in "
-            f"{args.data or 'the bundled digits'}, {images.passed_over} other files passed over; "
-            f"{args.steps:,} steps of {args.batch} images, {args.micro_batch} at once"
-        )
-        parameters = sum(p.numel() for p in net.parameters())
-        print(
-            f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2**20:.1f} MiB in "
-            f"float32, on {args.device} in {args.dtype}; processes: {world}"
-        )
-        if ckpt:
-            print(f"going on from step {ckpt['step']}", *changed)
-        elif args.resume:
-            print(f"{args.out} has no checkpoint: the run begins")
-        sys.stdout.flush()
-    return ckpt
-
-
-def claim_out(args):
-    """Make --out -> the path of the checkpoint to go on from, or None. Raises UserError where a run
-    must not begin: in a folder with files, or among numbered checkpoints."""
-    for folder in filter(None, (args.out, getattr(args, "cache", None))):
-        data = Path(args.data).resolve() if args.data else None
-        if data in (Path(folder).resolve(), *Path(folder).resolve().parents):
-            raise UserError(f"{folder} lies inside --data {args.data}: choose another folder")
-    os.makedirs(args.out, exist_ok=True)
-    files = sorted(os.listdir(args.out))
-    if files and not args.resume:
-        raise UserError(f"{args.out} has files: go on with --resume, or choose another --out")
-    if "ckpt.pt" in files:
-        return os.path.join(args.out, "ckpt.pt")
-    numbered = [name for name in files if re.fullmatch(r"ckpt-\d+\.pt", name)]
-    if numbered:
-        raise UserError(
-            f"{args.out} has no ckpt.pt: to go on from {numbered[-1]}, copy it to ckpt.pt"
-        )
-    return None
-
-
-def changed_settings(args, images, ckpt):
-    """The settings of FREE that differ from those of the run of ckpt, as flags. Raises UserError if
-    others differ, or the images."""
-    # With a constant learning rate a longer run begins like a shorter one (if --ema is the same).
-    free = FREE | {"steps"} if args.schedule == "constant" else FREE
-    saved, now = ckpt["args"], vars(args)
-    changed = [name for name in now if now[name] != saved.get(name)]
-    for name in changed:
-        if name not in free:
-            raise UserError(
-                f"--resume: the run in {args.out} has --{name} {saved.get(name)}, not {now[name]}"
+    rank, _ = rank_and_world()
+    first_step = ckpt["step"] + 1 if ckpt else 1
+    if ckpt:
+        if ckpt["images"] != images.fingerprint():
+            raise UserError(f"--resume: the run in {args.out} has other images than --data has now")
+        saved, now = ckpt["args"], vars(args)
+        # With a constant learning rate, or with a cosine that ends after both, a longer run begins
+        # like a shorter one.
+        decay = (now.get("decay_epochs") or 0) * len(images) / args.batch
+        same_start = args.schedule == "constant" or decay >= max(saved["steps"], args.steps)
+        free = FREE | {"steps"} if same_start else FREE
+        changed = [name for name in now if name in saved and now[name] != saved[name]]
+        for name in changed:
+            if name not in free:
+                raise UserError(
+                    f"--resume: the run in {args.out} has --{name} {saved[name]}, not {now[name]}"
+                )
+        if rank == 0:
+            print(
+                f"going on from step {ckpt['step']}",
+                *(f"--{name} {now[name]}" for name in changed if name != "resume"),
             )
-    if ckpt["images"] != images.fingerprint():
-        raise UserError(f"--resume: the run in {args.out} has other images than --data holds now")
-    return [f"--{name} {now[name]}" for name in changed if name != "resume"]
+    elif args.resume and rank == 0:
+        print(f"{args.out} has no checkpoint: the run begins")
 
+    found = torch.tensor([first_step, int(images.fingerprint()[:15], 16)])
+    least, most = (
+        fid.all_reduce(found.clone(), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)
+    )
+    if not torch.equal(least, most):
+        raise UserError(
+            f"the processes see different images in --data, or a different checkpoint in "
+            f"{args.out}: both must be the same on all nodes"
+        )
 
-def start_log(args, step):
-    """Make the log, or drop its lines after this step: those steps are run again."""
     path = Path(args.out, "log.jsonl")
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        # The last line is broken where a run was killed.
-        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    with whole_file(path) as file:
-        file.writelines(kept)
+    if rank == 0 and path.exists():
+        kept = []
+        for line in path.read_bytes().splitlines():
+            # A line is broken where a run was killed.
+            with suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] < first_step:
+                    kept.append(line + b"\n")
+        with whole_file(path) as file:
+            file.writelines(kept)
+    return first_step
+
+
+def describe(args, images, net, peak_lr, warmup_steps=0):
+    """Print the settings, the images, the schedule, the network and where it runs."""
+    rank, world = rank_and_world()
+    if rank > 0:
+        return
+    print("  ".join(f"{name} {value}" for name, value in vars(args).items()))
+    names = ", ".join(name or "." for name in images.classes[:5])
+    print(
+        f"{len(images):,} images of {len(images.classes)} classes ({names}"
+        f"{', ...' if len(images.classes) > 5 else ''}) in {args.data or 'the bundled digits'}, "
+        f"{images.passed_over} other files passed over"
+    )
+    print(
+        f"{args.steps:,} steps of {args.batch} images, {args.micro_batch} at once; learning rate "
+        f"up to {peak_lr:.3g} after {math.ceil(warmup_steps):,} steps of warm-up"
+    )
+    if args.steps <= warmup_steps:
+        print("warning: the run ends within its warm-up: shorten it with --warmup")
+    parameters = sum(p.numel() for p in net.parameters())
+    print(
+        f"{args.model}: {parameters:,} parameters, {parameters * 4 / 2**20:.1f} MiB in float32, "
+        f"on {args.device} in {args.dtype}{', compiled (off: --compile 0)' if args.compile else ''}"
+        f"; processes: {world}",
+        flush=True,
+    )
+
+
+def tensorboard(args, first_step):
+    """TensorBoard's writer, in the first process of a run with --tensorboard, else None."""
+    if not args.tensorboard or rank_and_world()[0] > 0:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=first_step)
+
+
+def show(writer, picture, step):
+    """Give a picture that has been saved to TensorBoard's writer, if there is one."""
+    if writer:
+        pixels = np.asarray(Image.open(picture))
+        writer.add_image(os.path.basename(picture), pixels, step, dataformats="HWC")
 
 
 # ---- A step ----
 
 
-def learning_rate(args, step, lr, warmup_steps=0):
-    """Linear warm-up from 0, at step 1, to lr, then constant or half a cosine to 0."""
+def learning_rate(args, step, lr, warmup_steps, decay_steps):
+    """Linear warm-up from 0, at step 1, to lr, then constant or half a cosine, which would reach 0
+    after decay_steps."""
     before = step - 1  # steps that have been done
     if before < warmup_steps:
         return lr * before / warmup_steps
     if args.schedule == "constant":
         return lr
-    angle = math.pi * (before - warmup_steps) / max(1, args.steps - warmup_steps)
+    angle = math.pi * (before - warmup_steps) / max(1, decay_steps - warmup_steps)
     return lr * 0.5 * (1 + math.cos(angle))
 
 
@@ -695,20 +826,19 @@ def update(optimizer, lr, skip):
 # ---- Log and checkpoint ----
 
 
-def log(args, step, history, lr, skipped_in_row, since):
+def log(args, step, history, lr, skipped_in_row, since, writer):
     """A line on the screen and in log.jsonl: the mean of each term's finite values, over processes,
     too. Raises UserError after 20 skipped steps in a row.
 
-    history: lists of numbers on the device, by name, the same names in each process. "skipped" and
-    "unreadable" are shares, of the steps and of the images. since: when the clock was started, and
-    after which step.
+    history: lists of numbers on the device, by name, the same names in each process; "skipped" is a
+    share of the steps. since: when the clock was started, and after which step.
     """
     rank, world = rank_and_world()
     sums = []
     for numbers in map(torch.stack, history.values()):
         finite = numbers.isfinite()
         sums.append(torch.stack([numbers.where(finite, 0).double().sum(), finite.double().sum()]))
-    sums = torch.stack(sums)  # of each term: the sum, and of how many numbers
+    sums = torch.stack(sums)  # (terms, 2): the sum and the number of the finite values
     if world > 1:
         dist.all_reduce(sums)
     means = (sums[:, 0] / sums[:, 1]).tolist()  # waits for the device
@@ -727,6 +857,9 @@ def log(args, step, history, lr, skipped_in_row, since):
             sep="  ",
             flush=True,
         )
+        if writer:
+            for name, value in (line | {"images_per_s": images_per_s}).items():
+                writer.add_scalar(name, value, step)
         # JSON has no NaN, the mean of no finite values.
         line = {name: None if math.isnan(value) else value for name, value in line.items()}
         line = {"step": step, **line, "images_per_s": images_per_s, "seconds_left": left}
@@ -741,11 +874,11 @@ def log(args, step, history, lr, skipped_in_row, since):
 
 def save(args, step, images, numbered, content):
     """Write ckpt.pt, and before it, if `numbered`, a checkpoint of the same content that stays."""
-    # args: --resume compares them; ae.load and --init read the network's sizes, sample.py its
-    # defaults. images: --resume compares them.
+    # args: --resume compares them; ae.load and --init read the network's sizes. images: --resume
+    # compares them.
     ckpt = {"step": step, "args": vars(args), "images": images.fingerprint(), **content}
     for name in [f"ckpt-{step:07}.pt", "ckpt.pt"] if numbered else ["ckpt.pt"]:
-        with whole_file(os.path.join(args.out, name)) as file:
+        with whole_file(os.path.join(args.out, name), sync=True) as file:
             torch.save(ckpt, file)
 
 
@@ -765,42 +898,29 @@ class Images:
         self.folder, self.digits = folder, folder is None
         self.unreadable = set()  # images that have been named in a warning
         if self.digits:
-            self.read_digits(held_out)
-        else:
-            self.find_files(folder)
+            # 50 x 100 tiles of 28 x 28, 500 in order for each digit; the last 50 of each are held
+            # out.
+            sheet = Image.open(os.path.join(os.path.dirname(__file__), "assets", "digits.png"))
+            tiles = np.asarray(sheet).reshape(50, 28, 100, 28).swapaxes(1, 2)
+            tiles = tiles.reshape(10, 500, 28, 28)
+            tiles = tiles[:, 450:] if held_out else tiles[:, :450]
+            self.pixels = np.pad(tiles.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+            self.labels = np.arange(10).repeat(tiles.shape[1])
+            self.classes = list("0123456789")
+            self.passed_over = 0
+            return
 
-    def read_digits(self, held_out):
-        # 50 x 100 tiles of 28 x 28, 500 in order for each digit; the last 50 of each are held out.
-        sheet = Image.open(os.path.join(os.path.dirname(__file__), "assets", "digits.png"))
-        tiles = np.asarray(sheet).reshape(50, 28, 100, 28).swapaxes(1, 2).reshape(10, 500, 28, 28)
-        tiles = tiles[:, 450:] if held_out else tiles[:, :450]
-        self.pixels = np.pad(tiles.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
-        self.labels = np.arange(10).repeat(tiles.shape[1])
-        self.classes = list("0123456789")
-        self.passed_over = 0
-
-    def find_files(self, folder):
         files, self.passed_over = fid.list_images(folder)
         tops = [file.split(os.sep)[0] if os.sep in file else "" for file in files]
         classes, self.labels = np.unique(tops, return_inverse=True)
-        self.classes = classes.tolist()
+        # Systems write accents in two ways; names are compared in one.
+        self.classes = [unicodedata.normalize("NFC", name) for name in classes.tolist()]
         if len(self.classes) > 1 and "" in self.classes:
             raise UserError(
                 f"--data {folder} holds images both in itself and in sub-folders: move the former"
             )
-        self.warn_of_odd_folders(folder)
         # One array of bytes, which loader processes share; of a list of strings each gets a copy.
         self.files = np.array([os.fsencode(file) for file in files])
-
-    def warn_of_odd_folders(self, folder):
-        if rank_and_world()[0] > 0 or self.classes == [""]:
-            return
-        names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-        for name in names:
-            if os.path.isdir(os.path.join(folder, name)) and name not in self.classes:
-                print(f"warning: {folder}/{name} holds no images and is no class", file=sys.stderr)
-        if {"train", "val"} <= set(self.classes):
-            print(f"warning: train and val in {folder} are taken for classes", file=sys.stderr)
 
     def path(self, index):
         return os.path.join(self.folder, os.fsdecode(self.files[index]))
@@ -816,27 +936,12 @@ class Images:
     def __getitem__(self, index):
         if self.digits:
             return Image.fromarray(self.pixels[index]).convert("RGB")
-        image = fid.read_image(self.path(index))
-        if max(image.size) > 50 * min(image.size):
-            raise fid.UserError(f"{self.path(index)} is more than 50 times as long as wide")
-        return image
-
-
-def center_crop(image, size):
-    """ADM's crop of a PIL image to size x size: halve with BOX while that leaves at least `size`,
-    resize the shorter side to `size` with BICUBIC, cut out the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    scaled = round(image.width * scale), round(image.height * scale)
-    image = image.resize(scaled, Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+        return fid.read_image(self.path(index))
 
 
 def crop_and_flip(size, image, index, epoch, flip):
     """A transform of Batches: ADM's crop, flipped if the key says so."""
-    pixels = transforms.pil_to_tensor(center_crop(image, size))
+    pixels = transforms.pil_to_tensor(fid.center_crop(image, size))
     return pixels.flip(-1) if flip else pixels
 
 
@@ -881,11 +986,11 @@ def training_order(args, images, slices, first_step):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Micro-batches by their keys [(index, epoch, flip), ...]: pixels (B, 3, S, S), labels (B,),
-    and flags (B,), 1 where an unreadable image was replaced by the next one.
+    """Micro-batches by their keys [(index, epoch, flip), ...]: pixels (B, 3, S, S), labels (B,).
 
-    transform(image, index, epoch, flip) -> (3, S, S), uint8 or float in [-1, 1]. Raises UserError
-    after 100 unreadable images in a row; strict: at the first.
+    transform(image, index, epoch, flip) -> (3, S, S), uint8 or float in [-1, 1]. An image that
+    cannot be read is named in a warning, and the next one takes its place. Raises UserError after
+    100 of them in a row; strict: at the first.
     """
 
     def __init__(self, images, transform, strict=False):
@@ -897,7 +1002,7 @@ class Batches(torch.utils.data.Dataset):
             place %= len(self.images)
             try:
                 return self.images[place], place
-            except fid.UserError as error:
+            except UserError as error:
                 if self.strict:
                     raise
                 if place not in self.images.unreadable:
@@ -906,44 +1011,34 @@ class Batches(torch.utils.data.Dataset):
         raise UserError(f"100 images in a row cannot be read, from {self.images.path(index)} on")
 
     def __getitem__(self, keys):
-        pixels, labels, replaced = [], [], []
+        pixels, labels = [], []
         for index, epoch, flip in keys:
             image, found = self.read(index)
             pixels.append(self.transform(image, found, epoch, flip))
             labels.append(self.images.labels[found])
-            replaced.append(found != index)
-        return torch.stack(pixels), torch.tensor(labels), torch.tensor(replaced).float()
+        return torch.stack(pixels), torch.tensor(labels)
 
 
 def load_batches(dataset, keys, workers, device):
     """Yields what dataset holds for each of keys, on the device, with uint8 pixels as floats in
-    [-1, 1]; `workers` processes work ahead. Raises UserError if one of them dies or hangs."""
+    [-1, 1]; `workers` processes work ahead."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
         sampler=keys,
         num_workers=workers,
         pin_memory=device != "cpu",
-        worker_init_fn=ignore_ctrl_c,
         timeout=600 if workers else 0,  # seconds
     )
-    try:
-        for batch in loader:
-            x, *rest = (values.to(device, non_blocking=True) for values in batch)
-            yield x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, *rest
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise UserError(
-            "a process that loads images died or hangs, perhaps for want of memory or of room in "
-            "/dev/shm (in Docker: --shm-size or --ipc=host): try fewer --workers "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def ignore_ctrl_c(worker):
-    """In loader processes: Ctrl-C ends the script, and they go with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Batches come as files in /dev/shm and not through sockets, which a worker that dies would break.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    # Workers inherit that Ctrl-C is blocked: it ends the script alone, and they go with it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    batches = iter(loader)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    for x, *rest in batches:
+        x, *rest = (values.to(device, non_blocking=True) for values in (x, *rest))
+        yield x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, *rest
 
 
 # =================================================================================================
@@ -956,20 +1051,16 @@ EPS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)  # of noise on latents, in units of each 
 def parse_eval_args():
     """The flags of --eval."""
     parser = new_parser(__doc__)
+    add_common_flags(parser)
+    parser.set_defaults(out="out/eval", micro_batch=16)
     add = parser.add_argument
     add("--eval", action="store_true", help="judge autoencoders: a table and pictures in --out")
     add("--ckpt", type=text, nargs="+", required=True, help="of ours, VMAE's authors, diffusers")
-    add("--data", type=text, help="folder of images; None: the demo's held-out digits")
-    add("--out", type=text, default="out/eval", help="folder for eval.json and pictures")
-    add("--masks", type=text, help="folder of label images like ADE20K's or CelebAMask-HQ's")
+    add("--masks", type=text, help="folder of label images, NAME.png for the image NAME")
     add("--inception", type=text, help="file of Inception's weights; None: downloaded")
-    # [R] both
+    # Both defaults are the release's.
     add("--adm_crop", **SWITCH, default=0, help="1: ADM's crop of the images, 0: the paper's")
     add("--half_pixel", **SWITCH, default=1, help="rFID's resizing: 1 pytorch-fid's, 0 ADM's")
-    add("--micro_batch", type=number(int, 1), default=16, help="images per process at once")
-    add("--seed", type=sample.SEED, default=0, help="of the noise on latents")
-    add("--device", type=text, help="cpu, cuda, cuda:1, ...; None: cuda if there is one")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="loader processes")
     return parser.parse_args()
 
 
@@ -982,21 +1073,25 @@ def evaluate(args):
     pytorch-fid's resizing. L1's scale is not stated: the AE's PSNR, 32.18, is a root mean square
     error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1, 0.0218, goes with the first.
     """
-    rank, _, device = sample.join_processes(args.device)
+    rank, _, device = fid.join_processes(args.device)
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32 products
+    if args.workers is None:
+        args.workers = default_workers(args.data)
     if rank == 0:
         print("demo settings (no --data given)" if args.data is None else "paper settings")
-    result = os.path.join(args.out, "eval.json")
-    if os.path.exists(result):
-        raise UserError(f"{result} exists: choose another --out")
+        claim_out(args)
     # All files are read before hours go into the first.
     nets = [ae.load(path) for path in args.ckpt]
     images = Images(args.data, held_out=True)
     masks = find_masks(args.masks, images) if args.masks else None
     skipped = []
-    lpips = load_if_there("LPIPS", ae.lpips_vgg, device, skipped)
-    load_inception = functools.partial(fid.load_inception, args.inception, bool(args.half_pixel))
-    inception = load_if_there("rFID", load_inception, device, skipped)
-    on_rank_0(functools.partial(os.makedirs, args.out, exist_ok=True))
+    lpips = load_if_there("LPIPS", ae.lpips_vgg, skipped)
+    load = functools.partial(fid.load_inception, args.inception, bool(args.half_pixel))
+    inception = load() if args.inception else load_if_there("rFID", load, skipped)
+    lpips, inception = (network and network.to(device) for network in (lpips, inception))
+    if len(images) < 2 and inception:
+        skipped.append("rFID is not computed: it needs two images")
 
     rows = []
     for path, net in zip(args.ckpt, nets, strict=True):
@@ -1005,16 +1100,15 @@ def evaluate(args):
         crop = functools.partial(crop_for_judging, size)
         if args.adm_crop:
             crop = functools.partial(crop_and_flip, size)
-        name = name_of(path, [row["autoencoder"] for row in rows])
-        row = {"autoencoder": name, "pixels": size, "crop": "ADM" if args.adm_crop else "paper"}
+        row = {"autoencoder": path, "pixels": size, "crop": "ADM" if args.adm_crop else "paper"}
 
         batches = functools.partial(batches_to_judge, args, images, crop, device)
-        std, segments_found = latents(net, batches(f"{name}, latents"), masks)
-        again = batches(f"{name}, reconstructions")
+        std, segments_found = latents_std(net, batches(f"{path}, latents"), masks)
+        again = batches(f"{path}, reconstructions")
         quality = reconstructions(args, net, again, std, lpips, inception)
         if masks is not None:
             quality |= compression_of_all(segments_found, std)
-        preview = save_perturbed(args, net, std, images, crop, f"{name}.png")
+        preview = save_perturbed(args, net, std, images, crop, path)
         rows.append(row | cost(net, preview) | quality)
 
         # Rows appear as they are done.
@@ -1023,48 +1117,32 @@ def evaluate(args):
             # JSON has no NaN.
             plain = json.loads(json.dumps(rows), parse_constant=lambda nan: None)
             found = {"data": args.data, "ckpt": args.ckpt, "rows": plain, "not computed": skipped}
-            with whole_file(result) as file:
+            with whole_file(os.path.join(args.out, "eval.json")) as file:
                 file.write(json.dumps(found, indent=1).encode())
     if rank == 0:
         print("\n".join(skipped))
 
 
-def load_if_there(measure, load, device, skipped):
-    """The network that a measure needs, or None, with the reason added to `skipped`.
+def load_if_there(measure, load, skipped):
+    """The network that a measure needs; None, with the reason added to `skipped`, if its weights
+    cannot be had. If one process lacks them, all do without."""
 
-    If it cannot be loaded in one process, all do without.
-    """
-    network = reason = None
-    try:
-        network = load().to(device)
-    except (UserError, fid.UserError, OSError) as error:
-        reason = str(error)
-    reasons = [reason]
-    if dist.is_initialized():
-        reasons = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-    for reason in filter(None, reasons):
-        skipped.append(f"{measure} is not computed: {reason}")
-        return None
-    return network
+    def attempt():
+        try:
+            return load()
+        except OSError as error:
+            skipped.append(f"{measure} is not computed: {error}")
 
-
-def name_of(path, taken):
-    """What a checkpoint is called in the table: its file's name, or its folder's for ckpt.pt.
-
-    The numbered files of a folder keep their numbers: vmae-0056301. A name that is taken gets the
-    next free number.
-    """
-    path = Path(os.path.abspath(path))
-    name = path.stem
-    if re.fullmatch(r"ckpt(-\d{7})?", name):
-        name = path.parent.name + name.removeprefix("ckpt")
-    names = [name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))]
-    return next(free for free in names if free not in taken)
+    network = fid.local_rank_0_first(attempt)
+    lacking = fid.all_reduce(torch.tensor(int(network is None))).item()
+    if lacking and network:
+        skipped.append(f"{measure} is not computed: another process lacks its weights")
+    return None if lacking else network
 
 
 def print_row(rows):
-    """The last of rows, dicts of the same keys, as a row of a Markdown table; first its head."""
+    """Print the last of rows, dicts of the same keys, as a row of a Markdown table; before the
+    first row its head."""
 
     def show(value):
         if isinstance(value, list):
@@ -1098,31 +1176,32 @@ def batches_to_judge(args, images, crop, device, title):
     keys = [[(index, 0, False) for index in part] for part in parts]
     batches = load_batches(Batches(images, crop, strict=True), keys, args.workers, device)
     bar = tqdm(parts, title, unit="batch", disable=rank > 0)
-    for part, (x, _, _) in zip(bar, batches, strict=True):
+    for part, (x, _) in zip(bar, batches, strict=True):
         yield part, x
 
 
-def latents(net, batches, masks):
+def latents_std(net, batches, masks):
     """The std (C,) of the latents' channels over all images, and this process's segments.
 
-    A segment is a label in one image: (label, power_sums of its latents). masks: the label images
-    of each image, or None.
+    A segment is a label in one image: (label, power_sums of its latents). masks: the label image of
+    each image, or None.
     """
     device = next(net.parameters()).device
-    sums = torch.zeros(3, net.latent_dim, dtype=torch.float64, device=device)
+    statistics = fid.Statistics(net.latent_dim, device)
     found = []
     for indices, x in batches:
-        for index, z in zip(indices, net.encode(x).mode(), strict=True):
-            sums += power_sums(z.flatten(1))
-            for label, mask in segments(masks[index], z.shape[-1]) if masks else []:
-                inside = z[:, torch.from_numpy(mask).to(device)]
+        z = net.encode(x).mode()
+        statistics.update(z.transpose(0, 1).flatten(1).T)
+        for index, z_of_image in zip(indices, z, strict=True) if masks else []:
+            for label, mask in segments(masks[index], z.shape[-1]):
+                inside = z_of_image[:, torch.from_numpy(mask).to(device)]
                 found.append((label, power_sums(inside).cpu()))
-    n, total, squares = fid.all_reduce(sums)
-    return ((squares - total**2 / n) / (n - 1)).sqrt(), found
+    _, covariance = statistics.finish()
+    return covariance.diagonal().sqrt(), found
 
 
 def perturbed(args, net, x, std, indices):
-    """Decodings of posterior mean + eps * std * N(0, 1), for each of EPS.
+    """Yields the decodings of posterior mean + eps * std * N(0, 1), for each of EPS.
 
     The noise of an image is by (seed, index), the same for each eps.
     """
@@ -1130,7 +1209,8 @@ def perturbed(args, net, x, std, indices):
     keys = [generator("cpu", sample.PERTURBATION, args.seed, index) for index in indices]
     noise = torch.stack([torch.randn(z.shape[1:], generator=key) for key in keys])
     noise = noise.to(z.device) * std.float().view(-1, 1, 1)
-    return [net.decode(z + eps * noise).float() for eps in EPS]
+    for eps in EPS:
+        yield net.decode(z + eps * noise).float()
 
 
 def reconstructions(args, net, batches, std, lpips, inception):
@@ -1144,11 +1224,11 @@ def reconstructions(args, net, batches, std, lpips, inception):
     decoded = [fid.Statistics(2048, device) for _ in EPS]
     for indices, x in batches:
         count += len(x)
-        original = as_saved(x)
+        original = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).to(device)
         if inception:
             real.update(inception(original)[0])
         for k, x_hat in enumerate(perturbed(args, net, x, std, indices)):
-            result = as_saved(x_hat)
+            result = torch.from_numpy(to_uint8(x_hat)).permute(0, 3, 1, 2).to(device)
             mse = (result.double() - original.double()).square().mean((1, 2, 3))
             psnr = 10 * torch.log10(255**2 / mse.clamp(min=1e-10))
             sums["L1"][k] += ((x_hat - x).abs().mean((1, 2, 3)) / 2).double().sum()
@@ -1161,37 +1241,35 @@ def reconstructions(args, net, batches, std, lpips, inception):
     count = fid.all_reduce(torch.tensor(count, device=device)).item()
     means = {name: (fid.all_reduce(values) / count).tolist() for name, values in sums.items()}
     means["rFID"] = [math.nan] * len(EPS)
-    if inception:
+    if inception and count > 1:
         real = real.finish()
         means["rFID"] = [fid.frechet_distance(*real, *fake.finish()) for fake in decoded]
     quality = {name: values[0] for name, values in means.items()}
-    quality[f"PSNR at eps {EPS[1:]}"] = means["PSNR"][1:]
-    quality["LPIPS at them"] = means["LPIPS"][1:]
-    quality["rFID at them"] = means["rFID"][1:]
+    for name in ("PSNR", "LPIPS", "rFID"):
+        quality[f"{name} at eps {', '.join(map(str, EPS[1:]))}"] = means[name][1:]
     return quality
 
 
-def as_saved(x):
-    """Images (B, 3, H, W) in about [-1, 1] as they would be saved: uint8, on their device."""
-    return torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).to(x.device)
-
-
-def save_perturbed(args, net, std, images, crop, name):
-    """Save a picture of ten images with noise on their latents; returns the images."""
+def save_perturbed(args, net, std, images, crop, path):
+    """Save a picture of ten images with noise on their latents; returns the images. path: of the
+    checkpoint, by which the picture is named."""
     keys = [[(i * len(images) // 10, 0, False) for i in range(10)]]
     x = next(load_batches(Batches(images, crop, strict=True), keys, 0, str(std.device)))[0]
-    columns = [to_uint8(image) for image in [x, *perturbed(args, net, x, std, range(len(x)))]]
-    if rank_and_world()[0] == 0:
+    first = rank_and_world()[0] == 0
+    decoded = perturbed(args, net, x, std, range(len(x)))
+    bar = tqdm(decoded, f"{path}, picture", len(EPS), unit="eps", disable=not first)
+    columns = [to_uint8(image) for image in (x, *bar)]
+    if first:
         titles = ["original", *(f"eps {eps:g}" for eps in EPS)]
-        path = os.path.join(args.out, name)
-        sample.save_grid(path, np.stack(columns, 1), [""] * len(x), titles)
+        picture = os.path.join(args.out, path.replace(os.sep, "-") + ".png")
+        sample.save_grid(picture, np.stack(columns, 1), [""] * len(x), titles)
     return x
 
 
 def cost(net, x):
     """Parameters, their size, FLOPs and speed of encoding and decoding x (B, 3, S, S)."""
-    start = time.time()  # the pictures have warmed up
-    for _ in range(3):
+    start = time.time()  # save_perturbed has just run both networks
+    for _ in tqdm(range(3), "speed", unit="round", disable=rank_and_world()[0] > 0):
         z = net.encode(x).mode()
         net.decode(z).sum().item()  # waits for the device
     speed = 3 * len(x) / (time.time() - start)
@@ -1200,7 +1278,7 @@ def cost(net, x):
         "parameters": parameters,
         "MiB": parameters * 4 / 2**20,
         "GFLOPs encode": gflops(net, x[:1], method="encode"),
-        "decode": gflops(net, z[:1], method="decode"),
+        "GFLOPs decode": gflops(net, z[:1], method="decode"),
         "images/s": speed,
     }
 
@@ -1284,74 +1362,44 @@ def compression_of_all(found, std):
     return compression(labels, torch.stack(sums), std.cpu())
 
 
-# CelebAMask-HQ's parts overlap: skin lies under eyes and brows. Its author merges them in this
-# order, a later part over an earlier one.
-PARTS = (
-    *("skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear"),
-    *("mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth"),
-)
-
-
 def find_masks(folder, images):
-    """The label images of each of images, a list of (part, file) each.
-
-    ADE20K's NAME.png belongs to the image NAME in the same sub-folder, or else in any; its values
-    are labels, and part is None. CelebAMask-HQ's 00012_hair.png is the part "hair" of image 12.
-    Raises UserError if no image has one.
-    """
-    by_path, by_name, by_number = {}, {}, {}
-    for file in fid.list_images(folder)[0]:
-        stem, path = Path(file).stem, os.path.join(folder, file)
-        by_path[os.path.splitext(file)[0]] = by_name[stem] = [(None, path)]
-        number, _, part = stem.partition("_")
-        if number.isdecimal() and part in PARTS:
-            by_number.setdefault(int(number), []).append((part, path))
-    masks = []
-    for index in range(0 if images.digits else len(images)):
-        path = os.path.relpath(images.path(index), images.folder)
-        stem = Path(path).stem
-        found = by_path.get(os.path.splitext(path)[0]) or by_name.get(stem)
-        if not found and stem.isdecimal():
-            found = by_number.get(int(stem))
-        masks.append(found or [])
-    if not any(masks):
-        raise UserError(
-            f"--masks {folder} holds no NAME.png or 00012_hair.png for the images of --data"
-        )
+    """The label image of each of images, by path, or None: NAME.png for the image NAME, in the same
+    sub-folder. Raises UserError if no image has one."""
+    if images.digits:
+        raise UserError("--masks goes with --data")
+    stems = [os.path.splitext(os.fsdecode(file))[0] for file in images.files]
+    masks = [os.path.join(folder, f"{stem}.png") for stem in stems]
+    masks = [mask if os.path.exists(mask) else None for mask in masks]
+    found = sum(mask is not None for mask in masks)
+    if not found:
+        raise UserError(f"--masks {folder} holds no NAME.png for an image NAME of --data")
+    if rank_and_world()[0] == 0:
+        print(f"{found} of {len(masks)} images have a label image")
     return masks
 
 
-def segments(files, grid):
-    """Yields (label, mask) for each label of an image's label images.
+def segments(file, grid):
+    """Yields (label, mask) for each label of a label image; mask: boolean (grid, grid).
 
-    A label image is cropped as both crops of images do it, to the square in its centre, and each
-    cell of the grid has the label at its own centre. files: [(part, file)] of find_masks; mask:
-    boolean (grid, grid). Value 0 is no label. Raises UserError for label images in colour.
+    The label image is cropped as both crops of images do it, to the square in its centre, and each
+    cell of the grid has the label at its own centre. Value 0 is no label; a palette's values are
+    numbers, never colours. file: None for an image without one. Raises UserError for a label image
+    in colour.
     """
-    labels, parts = np.zeros((grid, grid), int), dict(files)
-    if None in parts:
-        labels = read_labels(parts[None], grid)
-    for label, part in enumerate(PARTS, 1):
-        if part in parts:
-            labels[read_labels(parts[part], grid) > 0] = label
-    for value in np.unique(labels[labels > 0]).tolist():
-        yield value if None in parts else PARTS[value - 1], labels == value
-
-
-def read_labels(file, grid):
-    """The values of a label image (grid, grid); a palette's are numbers, never colours."""
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        values = np.asarray(ImageOps.fit(image, (grid, grid), Image.NEAREST))
+    if file is None:
+        return
+    image = fid.read_image(file, labels=True)
+    values = np.asarray(ImageOps.fit(image, (grid, grid), Image.NEAREST))
     if values.ndim > 2:
-        # CelebAMask-HQ's parts are grey in three channels.
-        if (values[..., :3] != values[..., :1]).any():
+        colours = values[..., :3] if values.shape[2] > 2 else values[..., :1]  # without alpha
+        if (colours != colours[..., :1]).any():
             raise UserError(
                 f"--masks: {file} is in colour; a label image has one value per pixel, the label"
             )
-        values = values[..., 0]
-    return values
+        values = colours[..., 0]
+    for label in np.unique(values[values > 0]).tolist():
+        yield label, values == label
 
 
 if __name__ == "__main__":
-    ae.run_main(main, fid.UserError)
+    fid.run_main(main)

@@ -14,27 +14,36 @@ import functools
 import hashlib
 import os
 import time
+import unicodedata
 from collections import defaultdict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import ae
 import dit
 import fid
 import sample
 import train_ae
-from ae import Posterior, UserError, fingerprint, from_checkpoint, run_main, whole_file
-from sample import DECAY, SWITCH, generator, new_parser, number, on_rank_0, rank_and_world, text
+from fid import (
+    SWITCH,
+    UserError,
+    new_parser,
+    number,
+    rank_and_world,
+    text,
+    wait_for_all,
+    whole_file,
+)
+from sample import generator
 
 # ---- Recipe ----
 #
 # [S] supplement  [R] the authors' release and LightningDiT  [O] our choice
-# The network's sizes are in dit.DiT_models. The settings of sampling go into the checkpoint, where
-# sample.py finds its defaults.
+# The network's sizes are in dit.DiT_models, the settings of sampling in dit.SAMPLING.
 
 RECIPE = dict(
     out="out/dit",
@@ -52,11 +61,7 @@ RECIPE = dict(
     betas=[0.9, 0.95],  # [R] AdamW, without weight decay
     ckpt_every=1000,  # [O]
     keep_every=20_000,  # [R]
-    sample_steps=dit.SAMPLING["steps"],
-    cfg_scale=None,  # that of SAMPLING, 10; without a null class 1
-    cfg_channels=dit.SAMPLING["cfg_channels"],
-    cfg_start=dit.SAMPLING["cfg_start"],
-    shift=dit.SAMPLING["shift"],
+    sample_steps=dit.SAMPLING["steps"],  # of samples.png, and the default of sample.py
 )
 
 # What the demo changes, to take minutes on a laptop; all of it is our choice.
@@ -69,29 +74,37 @@ DEMO = dict(
     schedule="cosine",
     keep_every=None,
     sample_steps=50,
-    cfg_scale=1.75,
-    cfg_channels=16,
 )
+DEMO_SAMPLING = dit.SAMPLING | dict(cfg_scale=1.75, cfg_channels=16)
 
 
 # ---- Flags ----
 
 
 def parse_args():
-    """The settings: flags, where they are not given --init's, else the recipe's."""
-    # --data, which chooses the recipe, is read first; the recipe becomes the flags' defaults.
-    words = new_parser(add_help=False)
-    words.add_argument("--data", type=text, help="folder of images; None: the demo, on digits")
-    demo = words.parse_known_args()[0].data is None
+    """The settings: flags; where they are not given, the sizes that a checkpoint brings; else the
+    demo's, the recipe's."""
+    # The words that choose these defaults are read first.
+    words = train_ae.first_words()
+    chosen, rest = words.parse_known_args()
+    demo = chosen.data is None
+    settings = RECIPE | DEMO if demo else RECIPE
+    source, sizes = train_ae.source_of_sizes(chosen, settings, rest), {}
+    if source:
+        # LightningDiT's file does not name its sizes.
+        args = ae.read_checkpoint(source).get("args")
+        if isinstance(args, dict):
+            sizes = {k: args[k] for k in ("model", "qk_norm", "image_size") if k in args}
 
     parser = new_parser(__doc__, parents=[words])
     train_ae.add_run_flags(parser, demo)
     add = parser.add_argument
     add("--ae", type=text, help="the autoencoder's checkpoint; None: --init's, or VMAE's in out")
+    add("--stats", type=text, help="file of the latents' mean, std; None: --init's, or computed")
     add("--cache", type=text, help="folder for the moments of all images; None: encode in training")
     # the network
-    sizes = list(dit.DiT_models)
-    add("--model", choices=sizes, metavar="SIZE", help=f"of the network: {' '.join(sizes)}")
+    names = list(dit.DiT_models)
+    add("--model", choices=names, metavar="SIZE", help=f"of the network: {' '.join(names)}")
     add("--image_size", type=number(int, 1), help="pixels on a side; None: the autoencoder's")
     add("--qk_norm", **SWITCH, help="1: RMSNorm of queries and keys")
     # the objective
@@ -100,28 +113,15 @@ def parse_args():
     # the optimiser
     add("--steps", type=number(int, 1), help="optimiser steps")
     add("--lr", type=number(float, 0), help="learning rate")
-    add("--ema", type=DECAY, help="decay of the average of the weights; None: 0.9999 or less")
-    # samples.png, and the defaults of sample.py
-    add("--sample_steps", type=number(int, 1), help="Euler steps of sampling")
-    add("--cfg_scale", type=number(float, 1), help="guidance scale; None: 10, or 1 for one class")
-    add("--cfg_channels", type=number(int, 0), help="latent channels that are guided")
-    add("--cfg_start", type=number(float, 0, 1), help="t from which guidance applies")
-    add("--shift", type=number(float, 1e-9), help="of the time grid, below 1 towards the noise")
-    settings = RECIPE | DEMO if demo else RECIPE
-    return train_ae.parse_with_init(parser, settings, sizes_of)
-
-
-def sizes_of(args):
-    """The sizes of the DiT in --init, if its file is ours: LightningDiT's does not name them."""
-    settings = dit.load(args.init)[1].get("args")
-    if not isinstance(settings, dict):
-        return {}
-    return {name: settings[name] for name in ("model", "qk_norm", "image_size")}
+    ema = "decay of the average of the weights; None: 0.9999 or less"
+    add("--ema", type=number(float, 0, 1 - 1e-9), help=ema)
+    add("--sample_steps", type=number(int, 1), help="Euler steps of samples.png")
+    return train_ae.parse_flags(parser, settings, sizes, source)
 
 
 def main():
     train(parse_args())
-    sample.leave_processes()
+    fid.leave_processes()
 
 
 # ---- Training ----
@@ -129,28 +129,37 @@ def main():
 
 def train(args):
     """Train a DiT, from the start or from the checkpoint in --out."""
-    # The images, the processes, the autoencoder, and what follows from other settings.
+    # The processes, the images, the checkpoint to go on from, what follows from other settings.
+    rank, world, device = fid.join_processes(args.device)
     images = train_ae.Images(args.data)
     num_classes = len(images.classes)
-    rank, world, device = sample.join_processes(args.device)
-    slices = train_ae.resolve(args, rank, world, device)
+    if args.data is None and args.cache is None:
+        args.cache = os.path.join(args.out, "latents")  # those of digits are small
+    ckpt = train_ae.open_run(args)
+    if ckpt and "autoencoder" not in ckpt:
+        raise UserError(f"{args.out}/ckpt.pt is no checkpoint of a DiT's run")
+    slices = train_ae.resolve(args, device)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.ema is None:
         # [R] 0.9999 from 60,000 steps on. A shorter run gets a smaller decay, so that its initial
         # weights, too, have faded to a share of e^-6 at its end.
         args.ema = max(0.0, min(0.9999, 1 - 6 / args.steps))
-    guidance = num_classes > 1 and args.class_dropout > 0
-    if args.cfg_scale is None:
-        args.cfg_scale = dit.SAMPLING["cfg_scale"] if guidance else 1.0
-    if args.cfg_scale > 1 and not guidance:
-        raise UserError("--cfg_scale above 1 needs several classes and --class_dropout above 0")
-    if args.data is None and args.cache is None:
-        args.cache = os.path.join(args.out, "latents")  # those of digits are small
-    start, info = dit.load(args.init) if args.init else (None, {})
-    autoencoder = frozen_autoencoder(args, info)
+
+    # The autoencoder, which a checkpoint carries, as do most files for --init.
+    start, info = None, ckpt or {}
+    if args.init and not ckpt:
+        start, info = dit.load(args.init)
+    if ckpt:
+        autoencoder = ae.from_checkpoint(ckpt["autoencoder"])
+    else:
+        if "autoencoder" not in info and args.ae is None:
+            args.ae = tuned_vmae(args.data)
+        autoencoder = sample.load_autoencoder(info, args.init, args.ae)
+    autoencoder.to(device).requires_grad_(False)
     if args.image_size is None:
         args.image_size = autoencoder.image_size or 256
     channels, size, _ = autoencoder.latent_shape(args.image_size, args.image_size)
+    first_step = train_ae.check_run(args, images, ckpt)
 
     # The network, the average of its weights, the optimiser.
     torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
@@ -167,40 +176,61 @@ def train(args):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, args.betas, weight_decay=0, fused=True)
-
-    # The checkpoint, with --resume. It carries the autoencoder and the statistics of its latents.
-    ckpt = train_ae.begin(args, images, net)
-    first_step = ckpt["step"] + 1 if ckpt else 1
     if ckpt:
-        info = ckpt
-        autoencoder = from_checkpoint(ckpt["autoencoder"])
         net.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-    autoencoder.to(device).requires_grad_(False)
+    train_ae.describe(args, images, net, args.lr)
+
+    # The settings of sampling: the recipe's, or those of the run that goes on.
+    sampling = dit.SAMPLING if args.data else DEMO_SAMPLING
+    sampling = dit.sampling_of(ckpt or {"sampling": sampling})
+    sampling["steps"] = args.sample_steps
+    if net.class_dropout_prob == 0:  # there is no null class
+        sampling["cfg_scale"] = 1.0
+    picture = os.path.join(args.out, "samples.png")
+
+    def save_samples():
+        """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
+        parts = ema, autoencoder, latent_mean, latent_std
+        generate = functools.partial(sample.generate, *parts, seed=args.seed, **sampling)
+        classes = sample.spread(num_classes)
+        captions = [images.classes[label] for label in classes]
+        at_once = max(1, args.micro_batch // 2)  # guidance doubles the batch
+        sample.write_grid(picture, generate, classes, captions, 8, at_once)
+
+    if first_step > args.steps:
+        latent_mean, latent_std = (
+            x.to(device) for x in sample.load_statistics(info, args.out, None)
+        )
+        if rank == 0 and not os.path.exists(picture):
+            save_samples()
+        if rank == 0:
+            print(f"finished before: see {args.out}/ckpt.pt and {picture}")
+        return
+
+    writer = train_ae.tensorboard(args, first_step)
 
     # Moments of posteriors come from the cache, or from images that are encoded on the fly.
     crop = functools.partial(train_ae.crop_and_flip, args.image_size)
     dataset = train_ae.Batches(images, crop)
     if args.cache:
-        on_rank_0(claim_cache, args, images, autoencoder)
-        sample.check_visible(args.cache)
         fill_cache(args, dataset, autoencoder, device)
         dataset = Cache(args.cache)
 
     def load_moments(keys):
-        """Yields moments (B, 2C, h, w), labels (B,) and flags of unreadable images (B,)."""
-        for x, *rest in train_ae.load_batches(dataset, keys, args.workers, device):
-            moments = x.float() if args.cache else encode(autoencoder, x)
-            yield moments, *rest
+        """Yields moments (B, 2C, h, w) and labels (B,)."""
+        for x, labels in train_ae.load_batches(dataset, keys, args.workers, device):
+            yield x.float() if args.cache else encode(autoencoder, x), labels
 
     # The statistics that normalise the latents.
-    if "latent_mean" in info:
-        latent_mean, latent_std = info["latent_mean"], info["latent_std"]
+    if "latent_mean" in info or args.stats:
+        stats = None if ckpt else args.stats
+        latent_mean, latent_std = sample.load_statistics(info, args.init, stats)
     else:
         latent_mean, latent_std = latent_statistics(args, images, load_moments, autoencoder)
-    latent_mean = latent_mean.to(device).view(-1, 1, 1)
-    latent_std = latent_std.to(device).view(-1, 1, 1)
+    sample.check_latents(net, autoencoder, latent_mean, latent_std)
+    latent_mean, latent_std = latent_mean.to(device), latent_std.to(device)
     del ckpt, start, info
 
     if args.compile:
@@ -226,12 +256,10 @@ def train(args):
         dropped = torch.rand(args.batch, **rng) < net.class_dropout_prob
 
         for rows in slices:
-            moments, y, unreadable = next(batches)
-            posterior = Posterior(moments, autoencoder.deterministic)
+            moments, y = next(batches)
+            posterior = ae.Posterior(moments, autoencoder.deterministic)
             x1 = (posterior.sample(posterior_noise[rows]) - latent_mean) / latent_std
             y = torch.where(dropped[rows], num_classes, y)  # the null class
-            if rank == 0 and step == first_step and rows == slices[0]:
-                print(f"normalised latents at first: mean {x1.mean():.3f}, std {x1.std():.3f}")
             # DDP averages gradients over the processes, once per step.
             model.require_backward_grad_sync = rows == slices[-1]
 
@@ -239,11 +267,10 @@ def train(args):
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
             (loss / len(slices)).backward()
             history["loss"].append(loss.detach())
-            history["unreadable"].append(unreadable.mean())
 
         # The optimiser step and the average of the weights. A loss that is not finite, in any
         # process, makes the norm of the averaged gradients not finite: the step changes nothing.
-        lr = train_ae.learning_rate(args, step, args.lr)
+        lr = train_ae.learning_rate(args, step, args.lr, 0, args.steps)
         norm = clip_grad_norm_(net.parameters(), args.grad_clip)
         skip = 1 - norm.isfinite().float()
         train_ae.update(optimizer, lr, skip)
@@ -254,12 +281,15 @@ def train(args):
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
-            train_ae.log(args, step, history, lr, skipped_in_row, since)
+            train_ae.log(args, step, history, lr, skipped_in_row, since, writer)
             history, since = defaultdict(list), (time.time(), step)
 
-        # A checkpoint, every --ckpt_every steps; pictures with those that stay and at the end.
+        # A checkpoint, every --ckpt_every steps; before those that stay and the last, pictures.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
+            if numbered or step == args.steps:
+                save_samples()
+                train_ae.show(writer, picture, step)
             ckpt = {
                 # For --resume:
                 "model": net.state_dict(),
@@ -270,58 +300,60 @@ def train(args):
                 "ema": ema.state_dict(),
                 "latent_mean": latent_mean.flatten(),
                 "latent_std": latent_std.flatten(),
+                "sampling": sampling,
                 "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
             }
             # save adds "step" and the fingerprint of the images, for --resume, and "args": --resume
-            # compares them, sample.py finds its defaults there, and --init the network's sizes.
+            # compares them, and --init finds the network's sizes there.
             train_ae.save(args, step, images, numbered, ckpt)
-            if numbered or step == args.steps:
-                save_samples(args, (ema, autoencoder, latent_mean, latent_std), images.classes)
             since = time.time(), step  # images/s are those of training alone
 
     if rank == 0:
-        print(f"finished: see {args.out}/ckpt.pt and {args.out}/samples.png")
+        print(f"finished: see {args.out}/ckpt.pt and {picture}")
 
 
-def frozen_autoencoder(args, info):
-    """The autoencoder whose latents the DiT models; info: what the file of --init holds."""
-    if "autoencoder" not in info and args.ae is None:
-        args.ae = os.path.join("out" if args.data else "out/demo", "vmae-tuned", "ckpt.pt")
-        if not os.path.exists(args.ae):
-            data = f" --data {args.data}" if args.data else ""
-            raise FileNotFoundError(
-                f"there is no autoencoder in {args.ae}: train it (train_ae.py{data}, then "
-                f"train_ae.py{data} --tune_decoder), or name another with --ae"
-            )
-    return sample.autoencoder_of(info, args.init, args.ae)
+def tuned_vmae(data):
+    """Where train_ae.py --tune_decoder leaves its result; raises UserError if it is not there."""
+    path = os.path.join("out" if data else "out/demo", "vmae-tuned", "ckpt.pt")
+    if not os.path.exists(path):
+        flags = f" --data {data}" if data else ""
+        raise UserError(
+            f"there is no autoencoder in {path}: train it (train_ae.py{flags}, then "
+            f"train_ae.py{flags} --tune_decoder), or name another with --ae"
+        )
+    return path
 
 
 def start_from(net, start, info, path, classes):
     """Give net the weights of start, the DiT in the file `path`, of which info is the rest.
 
     A class keeps the embedding of the class of its name there, or of its number where the file has
-    no names; others get new ones. Raises UserError if the sizes differ.
+    no names; others get new ones. Raises UserError for other latents.
     """
-    table = "y_embedder.embedding_table.weight"
-    old, new = start.state_dict(), net.state_dict()
-    old_table, new_table = old.pop(table), new.pop(table)
-    if {k: v.shape for k, v in old.items()} != {k: v.shape for k, v in new.items()}:
+    if (start.in_channels, start.grid) != (net.in_channels, net.grid):
         raise UserError(
-            f"--init {path} is a DiT of other sizes than the flags say, or of other latents (there "
-            f"they have {start.in_channels} channels on a grid of {start.grid}, here "
-            f"{net.in_channels} on {net.grid}): check --model, --qk_norm, --ae and --image_size"
+            f"--init {path} is a DiT of latents of {start.in_channels} channels on a grid of "
+            f"{start.grid}, here they have {net.in_channels} on {net.grid}: check --ae and "
+            "--image_size"
         )
-    names = info.get("class_names")
-    if names is None:  # LightningDiT's
-        names = classes if start.num_classes == net.num_classes else []
-    kept = [name for name in classes if name in names]
-    for name in kept:
-        new_table[classes.index(name)] = old_table[names.index(name)]
+    table = "y_embedder.embedding_table.weight"
+    old, new_table = start.state_dict(), net.state_dict()[table]
+    old_table = old.pop(table)
+    by = "name"
+    names = [unicodedata.normalize("NFC", name) for name in info.get("class_names", [])]
+    if not names and start.num_classes == net.num_classes:  # LightningDiT's file has no names
+        by, names = "number", classes
+    rows = {name: row for row, name in enumerate(names)}
+    kept = [(label, rows[name]) for label, name in enumerate(classes) if name in rows]
+    for label, row in kept:
+        new_table[label] = old_table[row]
     if start.class_dropout_prob > 0 and net.class_dropout_prob > 0:
         new_table[-1] = old_table[-1]
     net.load_state_dict(old | {table: new_table})
     if rank_and_world()[0] == 0:
-        print(f"starting from {path}, which has {len(kept)} of these {len(classes)} classes")
+        print(
+            f"starting from {path}, which has {len(kept)} of these {len(classes)} classes by {by}"
+        )
 
 
 @torch.no_grad()
@@ -329,22 +361,6 @@ def update_ema(ema, net, rate):
     """ema += rate * (net - ema); the rate of a skipped step is 0."""
     for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
         average.lerp_(weight, rate)
-
-
-def save_samples(args, parts, class_names):
-    """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights.
-
-    parts: the EMA, the autoencoder, mean and std of the latents, as sample.generate takes them.
-    """
-    settings = {name: getattr(args, name) for name in dit.SAMPLING if name != "steps"}
-    generate_samples = functools.partial(
-        sample.generate, *parts, seed=args.seed, steps=args.sample_steps, **settings
-    )
-    classes = sample.spread(len(class_names))
-    captions = [class_names[label] for label in classes]
-    path = os.path.join(args.out, "samples.png")
-    at_once = max(1, args.micro_batch // 2)  # guidance doubles the batch
-    sample.write_grid(path, generate_samples, classes, captions, 8, at_once, quiet=True)
 
 
 # ---- Latents ----
@@ -356,15 +372,15 @@ AT_ONCE = 32  # images that are encoded together; fixed, since another number ro
 def encode(autoencoder, x):
     """Images (B, 3, S, S) -> the moments of their posteriors (B, 2C, h, w).
 
-    In float32 (TF32 products on a GPU): the rounding of bfloat16 would be as large as the
-    posterior's std.
+    In float32 (TF32 products on a GPU): the rounding of bfloat16 is a fifth of the posterior's std.
     """
     posteriors = [autoencoder.encode(part) for part in x.split(AT_ONCE)]
     return torch.cat([torch.cat([p.mean, p.logvar], 1) for p in posteriors])
 
 
 def latent_statistics(args, images, load_moments, autoencoder):
-    """Mean and unbiased std (C,) per channel; a sample each of 10,000 random images, unflipped."""
+    """Mean and unbiased std (C, 1, 1) per channel; a sample each of 10,000 random images, which are
+    not flipped."""
     rank, world = rank_and_world()
     n = len(images)
     seed = sample.seed_of(sample.STATISTICS, args.seed)
@@ -373,24 +389,18 @@ def latent_statistics(args, images, load_moments, autoencoder):
     mine = range(rank, len(parts), world)
     keys = [[(index, 0, False) for index in parts[k]] for k in mine]
     device = next(autoencoder.parameters()).device
-    sums = torch.zeros(3, autoencoder.latent_dim, dtype=torch.float64, device=device)
+    statistics = fid.Statistics(autoencoder.latent_dim, device)
     bar = tqdm(mine, "latent statistics", unit="batch", disable=rank > 0)
-    for k, (moments, _, _) in zip(bar, load_moments(keys), strict=True):
-        posterior = Posterior(moments, autoencoder.deterministic)
+    for k, (moments, _) in zip(bar, load_moments(keys), strict=True):
+        posterior = ae.Posterior(moments, autoencoder.deterministic)
         rng = generator(device, sample.STATISTICS, args.seed, 1, k)
         noise = torch.randn(posterior.mean.shape, generator=rng, device=device)
-        # (C, B * h * w)
-        sums += train_ae.power_sums(posterior.sample(noise).transpose(0, 1).flatten(1))
-    count, total, squares = fid.all_reduce(sums)
-    mean = total / count
-    return mean.float(), ((squares - count * mean.square()) / (count - 1)).sqrt().float()
+        statistics.update(posterior.sample(noise).transpose(0, 1).flatten(1).T)  # (B * h * w, C)
+    mean, covariance = statistics.finish()
+    return mean.float().view(-1, 1, 1), covariance.diagonal().sqrt().float().view(-1, 1, 1)
 
 
 SHARD = 8192  # images in a file of the cache
-
-
-def shard_path(folder, name, k):
-    return os.path.join(folder, f"{name}-{k:05}.npy")
 
 
 class Cache(torch.utils.data.Dataset):
@@ -398,7 +408,8 @@ class Cache(torch.utils.data.Dataset):
 
     Shards of 8,192 images: moments-00000.npy (n, 2, 2C, h, w), where [:, 1] are the flips', and
     labels-00000.npy (n,). It takes the place of Batches. Rounding to 16 bit moves a latent by less
-    than 0.001 of its channel's std (rms) and the posterior's std by 0.1%.
+    than 0.001 of its channel's std (rms) and the posterior's std by 0.1%. An image that cannot be
+    read is replaced, and named, by the run that fills the cache.
     """
 
     def __init__(self, folder):
@@ -408,11 +419,9 @@ class Cache(torch.utils.data.Dataset):
     def shard(self, k):
         # Opened at first use, so that a loader process opens its own.
         if k not in self.opened:
-            try:
-                moments = np.load(shard_path(self.folder, "moments", k), mmap_mode="r")
-                self.opened[k] = moments, np.load(shard_path(self.folder, "labels", k))
-            except (ValueError, EOFError) as error:
-                raise UserError(f"the cache {self.folder} is damaged ({error})") from error
+            with fid.reading(f"shard {k} of {self.folder}"):
+                moments = np.load(f"{self.folder}/moments-{k:05}.npy", mmap_mode="r")
+                self.opened[k] = moments, np.load(f"{self.folder}/labels-{k:05}.npy")
         return self.opened[k]
 
     def __getitem__(self, keys):
@@ -421,41 +430,35 @@ class Cache(torch.utils.data.Dataset):
             of_shard, labels_of_shard = self.shard(index // SHARD)
             moments.append(of_shard[index % SHARD, int(flip)])
             labels.append(int(labels_of_shard[index % SHARD]))
-        return torch.from_numpy(np.stack(moments)), torch.tensor(labels), torch.zeros(len(keys))
-
-
-def claim_cache(args, images, autoencoder):
-    """Make the cache's folder, or check that it was made of the same images, by path within the
-    folder, size and time of modification, and of the same latents. Raises UserError if not."""
-    listing = ["digits"]
-    if not images.digits:
-        listing = []
-        for index in range(len(images)):
-            path = images.path(index)
-            status = os.stat(path, follow_symlinks=os.path.exists(path))  # or a broken link itself
-            name = os.fsdecode(images.files[index])
-            listing.append(f"{name} {status.st_size} {status.st_mtime_ns}")
-    record = {
-        "format": 2,
-        "autoencoder": fingerprint(autoencoder.encoder_state()),
-        "images": hashlib.sha256(os.fsencode("\n".join(listing))).hexdigest()[:16],
-        "image_size": args.image_size,
-        "precision": "float32" if args.device == "cpu" else "TF32",
-    }
-    sample.claim(args.cache, record)
+        return torch.from_numpy(np.stack(moments)), torch.tensor(labels)
 
 
 def fill_cache(args, dataset, autoencoder, device):
     """Write the shards that are missing; the processes take turns.
 
-    Raises UserError for moments beyond 16 bits.
+    Raises UserError if the folder has the latents of other images or of another encoder, and for
+    moments beyond 16 bits.
     """
     rank, world = rank_and_world()
-    n = len(dataset.images)
+    images, n = dataset.images, len(dataset.images)
+    if rank == 0:
+        # Of 1.28 million files on a network disk, looking at each takes minutes.
+        some = [] if images.digits else [images.path(n * i // 100) for i in range(min(n, 100))]
+        sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in some]
+        record = {
+            "format": 2,
+            "autoencoder": ae.fingerprint(autoencoder.encoder_state()),
+            "names": images.fingerprint(),
+            "sizes": hashlib.sha256(str(sizes).encode()).hexdigest()[:16],  # in bytes
+            "image_size": args.image_size,
+            "precision": "float32" if args.device == "cpu" else "TF32",
+        }
+        sample.claim(args.cache, record)
+    wait_for_all()
+
     shards = range(-(-n // SHARD))
-    missing = [k for k in shards if not os.path.exists(shard_path(args.cache, "moments", k))]
-    if world > 1:
-        dist.barrier()  # all have looked
+    missing = [k for k in shards if not os.path.exists(f"{args.cache}/moments-{k:05}.npy")]
+    wait_for_all()  # all have looked
     spans = {k: range(k * SHARD, min(n, (k + 1) * SHARD)) for k in missing[rank::world]}
     keys = [
         [(index, 0, False) for index in span[i : i + AT_ONCE]]
@@ -467,7 +470,7 @@ def fill_cache(args, dataset, autoencoder, device):
     for k, span in spans.items():
         moments, labels = [], []
         while sum(map(len, labels)) < len(span):
-            x, y, _ = next(batches)
+            x, y = next(batches)
             pair = [encode(autoencoder, x), encode(autoencoder, x.flip(-1))]
             pair = torch.stack(pair, 1).half()
             if not pair.isfinite().all():
@@ -480,12 +483,11 @@ def fill_cache(args, dataset, autoencoder, device):
             bar.update()
         # The moments come last: where they are, the shard is complete.
         for name, parts in (("labels", labels), ("moments", moments)):
-            with whole_file(shard_path(args.cache, name, k)) as file:
+            with whole_file(f"{args.cache}/{name}-{k:05}.npy", sync=True) as file:
                 np.save(file, np.concatenate(parts))
     bar.close()
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
 
 
 if __name__ == "__main__":
-    run_main(main, fid.UserError)
+    fid.run_main(main)
