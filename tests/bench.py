@@ -423,6 +423,8 @@ def paper_recipe(name):
         trainer, recipe = train_dit, train_dit.RECIPE
         flags = ["--ae", random_vmae(), "--sample_steps", "2"]
 
+    at_once = recipe["micro_batch"] or 256  # as train_ae.train, at a ViT's 128 pixels
+
     # Two classes of one image each; only their number matters.
     data, out = folder(), folder() / "out"
     for label in ("0", "1"):
@@ -433,9 +435,8 @@ def paper_recipe(name):
         """In place of train_ae.load_batches, so that no GPU waits for images."""
         size = recipe.get("image_size", 256)  # a DiT takes its autoencoder's
         for some in keys:
-            labels = torch.zeros(len(some), dtype=torch.long, device=device)
             x = torch.rand(len(some), 3, size, size, device=device) * 2 - 1
-            yield x, labels, torch.zeros(len(some), device=device)
+            yield x, torch.zeros(len(some), dtype=torch.long, device=device)
 
     def step_seconds():
         """Of the last step; the first one compiles."""
@@ -452,7 +453,7 @@ def paper_recipe(name):
     return {
         "ours": step_seconds,
         "per": (recipe["batch"], "images/s"),
-        "note": f"{recipe['micro_batch']} images of {recipe['batch']:,} at once",
+        "note": f"{at_once} images of {recipe['batch']:,} at once",
         "warm_up": 0,
         "rounds": 1,
         "clock": lambda function, repeat: function(),
@@ -585,7 +586,7 @@ def image_loading(name):
         torch.manual_seed(sample.seed_of(sample.CROP, 0, 0, i))
         return (cropped[i][0] * 255).round()
 
-    pixels, _, _ = batches[[(i, 0, False) for i in range(n)]]
+    pixels, _ = batches[[(i, 0, False) for i in range(n)]]
     levels = (pixels - torch.stack([crop_of(i) for i in range(n)])).abs()
     assert levels.max() <= 2 and (levels > 1).float().mean() < 2e-6
     assert torch.get_num_threads() == 1
@@ -803,7 +804,8 @@ def demo(name):
 
 def run_row(name, rounds):
     """Run a row in this process; returns its lines, or the rate of products."""
-    sample.join_processes(None)  # TF32 in place of float32 on a GPU, as in the scripts
+    if CUDA:
+        torch.set_float32_matmul_precision("high")  # TF32 in place of float32, as in the scripts
     torch.manual_seed(0)
     if name.startswith("products "):
         return products(name.split()[1])
@@ -894,7 +896,7 @@ def parse_args():
     add = parser.add_argument
     add("--json", help="write the table there, too")
     add("--only", nargs="+", default=[""], help="rows whose names hold one of these words")
-    add("--rounds", type=sample.number(int, 1), default=5, help="of each row (default: 5)")
+    add("--rounds", type=fid.number(int, 1), default=5, help="of each row (default: 5)")
     add("--demo", action="store_true", help="add the demo's four commands, which take minutes")
     kinds = [f"products {kind}" for kind in ("bfloat16", "TF32", "float32", "float64")]
     add("--row", choices=[*ROWS, *kinds], metavar="NAME", help="one row, in this process")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-import ae
+import fid
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"  # see its README.md
@@ -78,17 +78,25 @@ def run(module, *flags):
 
 def fails(module, *flags):
     """Run a script that has to stop with one sentence, and return that sentence."""
-    # What main raises becomes a sentence as in the last line of each script
-    errors = [module.fid.UserError] if hasattr(module, "fid") else []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", [module.__name__ + ".py", *words(*flags)])
-        ae.run_main(module.main, *errors)
+        fid.run_main(module.main)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which run_main may have ended
     # SystemExit with a string prints it and exits with status 1
     message = stop.value.code
     assert isinstance(message, str), f"it ended with {message!r}, not with a sentence"
     assert "\n" not in message
     return message
+
+
+def usage_error(capsys, module, *flags):
+    """Run a script whose command line is wrong, and return what argparse says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(module, *flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("usage: "), said
+    return said
 
 
 def launch(processes, script, *flags):

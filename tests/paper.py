@@ -18,14 +18,15 @@ What it does, in this order, on the demo's digits and with the demo's models:
    comes late in a run, as SD-VAE's discriminator does, counts for what it is. That run is the first
    of the comparison.
 4. It trains each autoencoder for the same time, then the same DiT on its latents, and draws
-   samples; likewise for the rows of the paper's ablation that need no LPIPS. It does so for each
-   seed.
+   samples; likewise for the rows of the paper's ablation that need no LPIPS, and for VMAEs with
+   other priors and weights of the latent regulariser. It does so for each seed.
 5. It compares the six at the same number of steps, one run each.
 
 The warm-up takes the same share of every run, and SD-VAE's discriminator joins at the same point
 of it. VMAE's budget includes the tuning of its decoder, both stages with the chosen factor. The
-ablation's rows have VMAE's steps and rates. The DiT's settings and the guidance are the demo's, the
-same for all, as in the paper; the demo's were chosen on VMAE's latents, which is in its favour.
+rows of the ablation and of the regularisers have VMAE's steps and rates. The DiT's settings and the
+guidance are the demo's, the same for all, as in the paper; the demo's were chosen on VMAE's
+latents, which is in its favour.
 
 The held-out digits choose the learning rates and are what reconstructions are judged on; samples
 are judged against the training digits, since a DiT draws those.
@@ -99,6 +100,14 @@ ABLATION = {
     "+ masked prediction": "--kl 0",
     "+ latent regulariser": "",
 }
+# VMAE's KL: prior std and weight. The release has the last row, the main paper std 1 and no weight.
+REGULARISERS = {
+    "std 1, weight 1e-6": "",
+    "std 1, weight 1e-5": "--kl 1e-5",
+    "std 1, weight 1e-4": "--kl 1e-4",
+    "std 1, weight 1e-3": "--kl 1e-3",
+    "std 1e-3, weight 1e-6": "--prior_std 1e-3",
+}
 
 
 # ---- The comparison ----
@@ -122,7 +131,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--out", default="out/paper", type=Path, help="folder for all results")
-    count = sample.number(int, 1)
+    count = fid.number(int, 1)
     add("--jobs", default=2, type=count, help="scripts at a time, of one thread each (default: 2)")
     add("--seeds", default=3, type=count, help="runs of each autoencoder (default: 3)")
     add("--smoke", action="store_true", help="a few steps of small models, to see that it runs")
@@ -136,7 +145,7 @@ def compare(args, budget):
     if not (out / "classifier.pt").exists():
         print("training the classifier", flush=True)
         net = train_classifier(budget["classifier_epochs"])
-        with ae.whole_file(out / "classifier.pt") as file:
+        with fid.whole_file(out / "classifier.pt") as file:
             torch.save(net.state_dict(), file)
     speed = remembered(out / "speed.json", lambda: measure_speed(out, budget))
 
@@ -153,7 +162,8 @@ def compare(args, budget):
     stages = []
     for seed in range(args.seeds):
         stage = [at_equal_seconds(m, best[m], seed, speed, budget) for m in NAMES]
-        stage += [ablation_row(row, best["vmae"], seed, speed, budget) for row in ABLATION]
+        for folder, rows in (("ablation", ABLATION), ("regulariser", REGULARISERS)):
+            stage += [variant(folder, rows, row, best["vmae"], seed, speed, budget) for row in rows]
         stages.append(stage)
     stages.append([at_equal_steps(m, best[m], 0, budget) for m in NAMES])
 
@@ -169,7 +179,7 @@ def compare(args, budget):
 def recipes(budget):
     """All that decides the results; those in --out must have been made with the same."""
     autoencoders = {name: train_ae.RECIPES[name] | demo for name, demo in train_ae.DEMO.items()}
-    dit = train_dit.RECIPE | train_dit.DEMO
+    dit = train_dit.RECIPE | train_dit.DEMO | {"sampling": train_dit.DEMO_SAMPLING}
     # As it is after reading
     return json.loads(json.dumps(budget | {"autoencoders": autoencoders, "dit": dit}))
 
@@ -179,7 +189,7 @@ def remembered(path, compute):
     if not path.exists():
         value = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ae.whole_file(path) as file:
+        with fid.whole_file(path) as file:
             file.write(json.dumps(value, indent=1).encode())
     return json.loads(path.read_text())
 
@@ -197,13 +207,14 @@ def at_equal_steps(model, rate, seed, budget):
     return piece(f"steps/{model}-{seed}", model, [budget["steps"] - tuning, tuning], rate, seed)
 
 
-def ablation_row(row, rate, seed, speed, budget):
-    """The last row is the VMAE of the comparison at equal seconds, and is not trained again."""
-    if not ABLATION[row]:
+def variant(folder, rows, row, rate, seed, speed, budget):
+    """A VMAE with the flags rows[row]. The row without flags is the VMAE of the comparison at equal
+    seconds, and is not trained again."""
+    if not rows[row]:
         return at_equal_seconds("vmae", rate, seed, speed, budget)
-    name = f"ablation/{list(ABLATION).index(row)}-{seed}"
+    name = f"{folder}/{list(rows).index(row)}-{seed}"
     steps = steps_for(budget["seconds"], speed["vmae"], budget)
-    return piece(name, "vmae", steps, rate, seed, ABLATION[row])
+    return piece(name, "vmae", steps, rate, seed, rows[row])
 
 
 def piece(name, model, steps, rate, seed, flags=""):
@@ -492,7 +503,8 @@ def judge_images(images, labels, net):
 def judge_reconstructions(autoencoder, net):
     """Of the held-out digits: train_ae.py --eval's measures, and rFD in the classifier's features.
 
-    "rFD at eps" are those of decodings with noise on the latents.
+    "rFD at eps" are those of decodings with noise on the latents. "posterior std, %" is the
+    posterior's (rms) in percent of its channel's std over all images, averaged over the channels.
     """
     images = train_ae.Images(held_out=True)
     args = types.SimpleNamespace(micro_batch=50, workers=0, seed=0)
@@ -507,15 +519,23 @@ def judge_reconstructions(autoencoder, net):
         return torch.zeros(len(x))
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        std, _ = train_ae.latents(autoencoder, batches("latents"), None)
+        std, _ = train_ae.latents_std(autoencoder, batches("latents"), None)
         quality = train_ae.reconstructions(
             args, autoencoder, batches("reconstructions"), std, keep_features, None
         )
+        variances = [
+            autoencoder.encode(x).logvar.exp().mean((0, 2, 3)) for _, x in batches("posterior")
+        ]
     number = len(train_ae.EPS)
     real = torch.cat(originals[::number])
     distances = [distance(real, torch.cat(decoded[k::number])) for k in range(number)]
     measured = {name: quality[name] for name in ("L1", "PSNR", "SSIM")}
-    return measured | {"rFD": distances[0], "rFD at eps": distances[1:]}
+    percent = 100 * (torch.stack(variances).mean(0).sqrt() / std).mean().item()
+    return measured | {
+        "rFD": distances[0],
+        "rFD at eps": distances[1:],
+        "posterior std, %": percent,
+    }
 
 
 # ---- Tables and the picture ----
@@ -542,9 +562,9 @@ def write_tables(out, budget, speed, psnr, best, results):
         f"### What was spent, {seconds}",
         paragraph(
             f"On one thread; VMAE's include the tuning of its decoder. Learning rates of "
-            f"{', '.join(f'{rate:g}' for rate in budget['rates'])} times the demo's were tried. Two "
-            "times per step are SD-VAE's before and after its discriminator joins, and VMAE's in "
-            "its two stages."
+            f"{', '.join(f'{rate:g}' for rate in budget['rates'])} times the demo's were tried. "
+            "Two times per step are SD-VAE's before and after its discriminator joins, and VMAE's "
+            "in its two stages."
         ),
         markdown(header, rows),
     ]
@@ -569,6 +589,21 @@ def write_tables(out, budget, speed, psnr, best, results):
         f"### Ablation of VMAE, {seconds}",
         "Without the paper's last row, LPIPS, which needs a download.",
         table(found, [*measures, *quality]),
+    ]
+
+    found = {
+        row: runs_of(results, f"regulariser/{number}-" if flags else "seconds/vmae-")
+        for number, (row, flags) in enumerate(REGULARISERS.items())
+    }
+    text += [
+        f"### Latent regularisers of VMAE, {seconds}",
+        paragraph(
+            "The std of the KL's prior and its weight. The posterior's std is in percent of its "
+            "channel's."
+        ),
+        table(found, [*measures, *quality, "posterior std, %"]),
+        "Smoothness, as above:",
+        smoothness(found),
     ]
 
     text = "\n\n".join(text)
@@ -644,4 +679,4 @@ def draw_pictures(folders, path):
 
 
 if __name__ == "__main__":
-    ae.run_main(main)
+    fid.run_main(main)

@@ -7,6 +7,7 @@ import torch
 from conftest import close, fill, keys_of, normal, reference, saved, shapes, written
 
 import dit
+import fid
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,18 @@ def test_attention_depends_on_relative_positions_alone():
     torch.testing.assert_close(scores[1, 2, 3, 1], scores[2, 4, 4, 3])
     # Another difference gives another score
     assert abs(scores[1, 2, 3, 1] - scores[1, 2, 2, 0]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate_rounds_as_turning_stacking_and_then_casting(dtype):
+    cos, sin = dit.rotary_tables(16, 6)
+    x = normal(0, 2, 36, 3, 16).to(dtype)
+    ours = dit.rotate(x, cos, sin)
+    first, second = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, None, ::2], sin[:, None, ::2]
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
+    assert turned.dtype == torch.float32
+    assert ours.dtype == dtype and torch.equal(ours, turned.flatten(-2).to(dtype))
 
 
 def test_larger_patches_put_each_pixel_back_in_its_place():
@@ -272,22 +285,31 @@ def test_the_null_class_of_a_lightningdit_file_of_one_class_is_not_needed(tmp_pa
     assert torch.equal(loaded(x, t, y), model(x, t, y))
 
 
-NARROW = {"x_embedder.proj.weight": torch.zeros(1)}
-OTHER = {"x_embedder.proj.weight": torch.zeros(8, 4, 1, 1)}
+# As Peebles and Xie's, which has no rotary positions
+OTHER = {"x_embedder.proj.weight": torch.zeros(8, 4, 2, 2), "pos_embed": torch.zeros(1, 16, 8)}
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
         (lambda path: None, "no checkpoint file"),
-        (written(b"hello, I am a text file"), "is no checkpoint"),
+        (written(b"hello, I am a text file"), "cannot be read"),
         (saved([1, 2]), "holds a list, not a checkpoint"),
         (saved({"model": {"patch_embed.proj.weight": torch.zeros(1)}}), "train_dit.py --ae"),
-        (saved({"ema": NARROW, "args": {}, "class_names": ["a"]}), "does not fit"),
-        (saved({"model": OTHER}), "does not fit"),
+        (saved({"ema": OTHER, "args": {}, "class_names": ["a"]}), "a DiT of another kind"),
+        (saved(OTHER), "a DiT of another kind"),
     ],
 )
 def test_a_file_that_is_no_dit_gets_a_sentence(tmp_path, content, words):
     content(tmp_path / "file.pt")
-    with pytest.raises((FileNotFoundError, ValueError), match=words):
+    with pytest.raises((FileNotFoundError, fid.UserError), match=words) as error:
         dit.load(tmp_path / "file.pt")
+    assert "\n" not in str(error.value) and "file.pt" in str(error.value)
+
+
+def test_a_file_with_a_tensor_missing_is_not_loaded(tmp_path, model):
+    state = model.state_dict()
+    del state["blocks.1.mlp.w3.bias"]
+    torch.save(state, tmp_path / "dit.pt")
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1\.mlp\.w3\.bias"):
+        dit.load(tmp_path / "dit.pt")

@@ -2,13 +2,26 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CONV, TINY_VIT, fails, log_of, normal, read, run, size_of, together
+from conftest import (
+    ROOT,
+    TINY_CONV,
+    TINY_VIT,
+    fails,
+    log_of,
+    normal,
+    read,
+    run,
+    size_of,
+    together,
+    usage_error,
+)
 from PIL import Image
 
 import ae
@@ -22,6 +35,23 @@ import train_dit
 def no_weights(tmp_path, monkeypatch, offline):
     """No VGG16 in the cache, and no network to download it from."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of random weights in place of Inception's."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(fid.InceptionV3().state_dict(), path)
+    return path
+
+
+def distance(x_hat, x):
+    """In place of LPIPS."""
+    return (x_hat - x).abs().mean((1, 2, 3), keepdim=True)
+
+
+distance.to = lambda device: distance
 
 
 # ---- the measures ----
@@ -86,86 +116,72 @@ def test_compression_divides_each_channel_by_its_own_std():
     assert abs(a["sigma2"] - b["sigma2"]) < 1e-9 and abs(a["rho"] - b["rho"]) < 1e-9
 
 
-def images_named(root, *names):
-    """The images of a folder of files with these names, whose content nobody reads."""
+def masks_of(tmp_path, *names):
+    """What find_masks finds in tmp_path / "masks" for images of these names, relative to it."""
     for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return train_ae.Images(root)
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    folder = tmp_path / "masks"
+    found = train_ae.find_masks(str(folder), train_ae.Images(tmp_path / "data"))
+    return [mask and str(Path(mask).relative_to(folder)) for mask in found]
 
 
-def test_ade20k_label_images_are_cropped_as_the_photograph(tmp_path):
-    images = images_named(tmp_path / "data", "ADE_val_00000001.jpg", "ADE_val_00000002.jpg")
-    (tmp_path / "masks").mkdir()
+def label_image(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def test_a_label_image_belongs_to_the_image_at_the_same_path_alone(tmp_path, capsys):
+    for name in ("ant/0000.png", "0001.png", "elsewhere/0001.png"):
+        label_image(tmp_path / "masks" / name, Image.new("L", (8, 8)))
+    names = ("ant/0000.jpg", "ant/0001.jpg", "bee/0000.jpg")
+    assert masks_of(tmp_path, *names) == ["ant/0000.png", None, None]
+    assert "1 of 3 images have a label image" in capsys.readouterr().out
+
+
+def test_label_images_are_cropped_as_the_photograph_and_0_is_no_label(tmp_path):
     # Twice as wide as high: columns 20 to 59 remain
     labels = np.zeros((40, 80), np.uint8)
     labels[:, :20], labels[:, 20:40], labels[10:, 40:60] = 9, 3, 7
-    Image.fromarray(labels).save(tmp_path / "masks" / "ADE_val_00000001.png")
-    first, second = train_ae.find_masks(str(tmp_path / "masks"), images)
-    assert [Path(file).name for _, file in first] == ["ADE_val_00000001.png"] and second == []
-    found = dict(train_ae.segments(first, 4))
-    # 9 is cropped away, and 0 is not a label
+    file = label_image(tmp_path / "ADE_val_00000001.png", Image.fromarray(labels))
+    found = dict(train_ae.segments(file, 4))
+    # 9 is cropped away
     assert found.keys() == {3, 7}
     assert found[3].tolist() == [[True, True, False, False]] * 4
     assert found[7].tolist() == [[False] * 4] + [[False, False, True, True]] * 3
-    assert list(train_ae.segments(second, 4)) == []
-
-
-def test_a_label_image_of_the_same_folder_goes_before_one_of_another(tmp_path):
-    images = images_named(tmp_path / "data", "a/1x.jpg", "b/1x.jpg", "c/2x.jpg")
-    for name in ("a/1x.png", "b/1x.png", "elsewhere/2x.png"):
-        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8)).save(tmp_path / "masks" / name)
-    found = train_ae.find_masks(str(tmp_path / "masks"), images)
-    names = ["a/1x.png", "b/1x.png", "elsewhere/2x.png"]
-    assert found == [[(None, str(tmp_path / "masks" / name))] for name in names]
-
-
-def test_a_coloured_label_image_is_one_sentence(tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    with pytest.raises(ae.UserError, match=r"a\.png is in colour"):
-        list(train_ae.segments([(None, tmp_path / "a.png")], 4))
+    assert list(train_ae.segments(None, 4)) == []
 
 
 def test_label_images_are_turned_as_photographs_and_a_palette_s_values_are_labels(tmp_path):
     labels = np.zeros((8, 8), np.uint8)
     labels[:, :4] = 5
-    image = Image.fromarray(labels, "L")
-    image.putpalette([value for value in range(256) for _ in range(3)])
+    image = Image.fromarray(labels)
+    image.putpalette([37 * value % 256 for value in range(3 * 256)])  # colours
     turned = Image.Exif()
     turned[0x0112] = 6  # a viewer turns it by a quarter, clockwise
     image.save(tmp_path / "a.png", exif=turned)
-    found = dict(train_ae.segments([(None, tmp_path / "a.png")], 4))
+    found = dict(train_ae.segments(tmp_path / "a.png", 4))
     assert found.keys() == {5}
     assert found[5].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
 
 
-def test_celebamask_parts_belong_to_the_image_of_their_number(tmp_path):
-    images = images_named(tmp_path / "data", "7.jpg", "12.jpg")
-    (tmp_path / "masks" / "0").mkdir(parents=True)
-    boxes = {"skin": (0, 4, 16, 16), "hair": (0, 0, 16, 4), "l_eye": (4, 8, 8, 12)}
-    for part, box in boxes.items():
-        image = Image.new("RGB", (16, 16))
-        image.paste((255, 255, 255), box)
-        image.save(tmp_path / "masks" / "0" / f"00012_{part}.png")
-    twelve, seven = train_ae.find_masks(str(tmp_path / "masks"), images)
-    assert seven == []
-    found = dict(train_ae.segments(twelve, 4))
-    assert found["hair"].tolist() == [[True] * 4] + [[False] * 4] * 3
-    assert np.argwhere(found["l_eye"]).tolist() == [[2, 1]]
-    # Where parts overlap, the eye lies over the skin
-    assert found["skin"].sum() == 3 * 4 - 1 and not found["skin"][2, 1]
-    # An image with a single part has a segment, too
-    hair = [("hair", file) for part, file in twelve if part == "hair"]
-    assert [label for label, _ in train_ae.segments(hair, 4)] == ["hair"]
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "LA", "RGBA"])
+def test_a_label_image_is_grey_with_or_without_alpha(tmp_path, mode):
+    grey, alpha = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 77)
+    bands = {"RGB": 3 * [grey], "LA": [grey, alpha], "RGBA": 3 * [grey] + [alpha]}
+    image = Image.merge(mode, bands[mode]) if mode in bands else Image.new(mode, (8, 8), 200)
+    ((label, mask),) = train_ae.segments(label_image(tmp_path / "a.png", image), 4)
+    assert label == 200 and mask.shape == (4, 4) and mask.all()
 
 
-def test_a_label_image_whose_name_ends_like_a_part_holds_labels(tmp_path):
-    images = images_named(tmp_path / "data", "bear_skin.jpg")
-    (tmp_path / "masks").mkdir()
-    Image.new("L", (8, 8), 7).save(tmp_path / "masks" / "bear_skin.png")
-    (files,) = train_ae.find_masks(str(tmp_path / "masks"), images)
-    assert [label for label, _ in train_ae.segments(files, 4)] == [7]
+def test_a_label_image_in_colour_or_cut_off_is_a_sentence(tmp_path):
+    file = label_image(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"))
+    with pytest.raises(fid.UserError, match=r"a\.png is in colour"):
+        list(train_ae.segments(file, 4))
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(fid.UserError, match=r"a\.png cannot be read"):
+        list(train_ae.segments(file, 4))
 
 
 # ---- the command ----
@@ -189,41 +205,46 @@ def link_first_images(root, few, count):
         (few / path.name).symlink_to(path)
 
 
-def test_eval_prints_a_row_a_checkpoint_ours_or_the_authors(tmp_path, folder, capsys):
-    out, names = tmp_path / "eval", ("ours", "release")
+def test_eval_prints_a_row_a_checkpoint_ours_or_the_authors(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1, "num_heads": 12}
     vmae = ae.VMAE(**sizes)
     state = vmae.state_dict()
     ours = {"args": {"model": "vmae", **sizes}, "model": state}
     weights = {key: value for key, value in state.items() if key != "mask_token"}
     release = {"model": weights, "args": argparse.Namespace()}
-    paths = [tmp_path / file for file in ("ours/ckpt.pt", "release/release.pth")]
+    paths = ["ours/ckpt.pt", "release.pth"]
+    Path("ours").mkdir()
     for path, content in zip(paths, (ours, release)):
-        path.parent.mkdir()
         torch.save(content, path)
-    flags = ("--data", folder / "ants", "--out", out, "--workers 0 --adm_crop 1")
+    flags = ("--data", folder / "ants", "--out eval --workers 0 --adm_crop 1")
     run(train_ae, "--eval --ckpt", *paths, *flags)
     text = capsys.readouterr().out
     rows = table(text)
-    assert [row["autoencoder"] for row in rows] == list(names)
+    # A row has the path as it was given, and so has its picture
+    assert [row["autoencoder"] for row in rows] == paths
+    assert {path.name for path in Path("eval").glob("*.png")} == {
+        "ours-ckpt.pt.png",
+        "release.pth.png",
+    }
     # These two hold the same weights
     assert rows[0]["PSNR"] == rows[1]["PSNR"]
     assert rows[0]["LPIPS"] == rows[0]["rFID"] == "-"
-    assert "LPIPS is not computed" in text and "vgg16-397923af.pth" in text
-    assert "rFID is not computed" in text and "pt_inception-2015-12-05-6726825d.pth" in text
+    for measure in ("LPIPS", "rFID"):
+        assert re.search(f"{measure} is not computed: .*no network", text)
 
-    saved = rows_of(out)[0]
+    saved = rows_of(Path("eval"))[0]
     assert saved["crop"] == rows[0]["crop"] == "ADM"
     images = train_ae.Images(folder / "ants")
-    crops = np.stack([np.asarray(train_ae.center_crop(images[i], 32)) for i in range(len(images))])
+    crops = np.stack([np.asarray(fid.center_crop(images[i], 32)) for i in range(len(images))])
     x = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
     with torch.no_grad():  # 16 at once, as in the command: others are rounded differently
         x_hat = torch.cat([vmae.decode(vmae.encode(part).mode()) for part in x.split(16)])
     mse = ((sample.to_uint8(x_hat).astype(float) - crops) ** 2).mean((1, 2, 3))
     assert abs(saved["PSNR"] - (10 * np.log10(255**2 / mse)).mean()) < 1e-6
     assert abs(saved["L1"] - ((x_hat + 1) / 2 - (x + 1) / 2).abs().mean().item()) < 1e-6
-    for name in names:
-        width, height = size_of(out / f"{name}.png")
+    for picture in Path("eval").glob("*.png"):
+        width, height = size_of(picture)
         assert height // 66 == 10 and width // 66 == 1 + len(train_ae.EPS)
 
 
@@ -257,9 +278,7 @@ def test_eval_judges_on_the_paper_s_crop_unless_told_otherwise(tmp_path, tiny_vm
 
 
 @pytest.mark.slow
-def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(
-    tmp_path, folder, capsys, monkeypatch
-):
+def test_each_autoencoder_is_judged_at_its_own_size(tmp_path, folder, capsys, monkeypatch):
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
     few, out = tmp_path / "few", tmp_path / "eval"
     for name, size in (("ckpt", 48), ("other", 40)):
@@ -268,23 +287,24 @@ def test_each_autoencoder_is_judged_at_its_own_size_and_under_its_own_name(
         args = {"model": "ae", "channels": channels, "image_size": size}
         torch.save({"args": args, "model": net.state_dict()}, tmp_path / f"{name}.pt")
     link_first_images(folder / "cats", few, 3)
-    (few / "ckpt.pt").symlink_to(tmp_path / "ckpt.pt")
     # A file of diffusers does not say for which size it was trained
     torch.save(ae.SDVAE(channels=channels).state_dict(), tmp_path / "few.pt")
-    files = [tmp_path / name for name in ("ckpt.pt", "other.pt", "few/ckpt.pt", "few.pt")]
+    files = [tmp_path / name for name in ("ckpt.pt", "other.pt", "few.pt")]
     flags = ("--data", few, "--workers 0")
     run(train_ae, "--eval --ckpt", *files, *flags, "--out", out)
     text = (out / "eval.json").read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     rows = record["rows"]
-    assert [row["autoencoder"] for row in rows] == [tmp_path.name, "other", "few", "few-2"]
-    assert [row["pixels"] for row in rows] == [48, 40, 48, 256]
-    assert record["ckpt"] == list(map(str, files)) and rows[0]["rFID"] is None
-    row, parameters = rows[3], sum(p.numel() for p in net.parameters())
+    assert [row["autoencoder"] for row in rows] == record["ckpt"] == list(map(str, files))
+    assert [row["pixels"] for row in rows] == [48, 40, 256] and rows[0]["rFID"] is None
+    row, parameters = rows[2], sum(p.numel() for p in net.parameters())
     assert row["parameters"] == parameters and row["MiB"] == parameters * 4 / 2**20
     assert row["images/s"] > 0
-    gflops = train_ae.gflops(net, torch.zeros(1, 3, 256, 256), method="encode")
-    assert row["GFLOPs encode"] == gflops
+    for method, x in (
+        ("encode", torch.zeros(1, 3, 256, 256)),
+        ("decode", torch.zeros(1, 16, 32, 32)),
+    ):
+        assert row[f"GFLOPs {method}"] == train_ae.gflops(net, x, method=method) > 0
 
     # A file that is not an autoencoder is found before the first one is judged
     wrong = tmp_path / "dit.pt"
@@ -310,12 +330,14 @@ def test_rows_are_printed_and_written_as_they_are_done_and_never_replaced(
 
     monkeypatch.setattr(train_ae, "cost", stop_at_second)
     command = ("--eval --ckpt", tiny_vmae, tiny_vmae, "--data", few, "--out", tmp_path / "out")
-    assert "on fire" in fails(train_ae, *command, "--workers 0")
+    with pytest.raises(OSError, match="on fire"):
+        run(train_ae, *command, "--workers 0")
     assert len(table(capsys.readouterr().out)) == 1
     (row,) = rows_of(tmp_path / "out")
-    assert row["autoencoder"] == tiny_vmae.parent.name
+    assert row["autoencoder"] == str(tiny_vmae)
     monkeypatch.undo()
-    assert "eval.json exists" in fails(train_ae, *command, "--workers 0")
+    message = fails(train_ae, *command, "--workers 0")
+    assert f"{tmp_path / 'out'} has files: choose another --out" in message
     assert rows_of(tmp_path / "out") == [row]
 
 
@@ -329,7 +351,9 @@ def test_eval_ends_at_the_first_image_that_cannot_be_read(tmp_path, tiny_vmae, f
     assert not (tmp_path / "out" / "eval.json").exists()
 
 
-def test_quality_smoothness_and_compression_are_the_same_on_two_processes(tmp_path, tiny_vmae):
+def test_quality_smoothness_and_compression_are_the_same_on_two_processes_one_without_lpips(
+    tmp_path, tiny_vmae
+):
     data, masks = tmp_path / "data", tmp_path / "masks"
     data.mkdir()
     masks.mkdir()
@@ -341,49 +365,91 @@ def test_quality_smoothness_and_compression_are_the_same_on_two_processes(tmp_pa
     start = ("--eval --ckpt", tiny_vmae, "--masks", masks)
     flags = ("--data", data, "--workers 0 --micro_batch 8")
     run(train_ae, *start, "--out", tmp_path / "one", *flags)
-    together(2, "train_ae.py", *start, "--out", tmp_path / "two", *flags)
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import ae, fid, train_ae
+from test_evaluation import distance
+def missing(*args):
+    raise OSError("no network")
+fid.load_inception = missing
+ae.lpips_vgg = (lambda: distance) if os.environ["RANK"] == "0" else missing
+train_ae.main()
+""")
+    together(2, driver, *start, "--out", tmp_path / "two", *flags)
     one, two = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
+    # What one process lacks, all do without
+    assert two["LPIPS"] is None
+    skipped = json.loads((tmp_path / "two" / "eval.json").read_text())["not computed"]
+    assert skipped == [
+        "LPIPS is not computed: another process lacks its weights",
+        "rFID is not computed: no network",
+    ]
     assert abs(one["sigma2"] - two["sigma2"]) < 1e-9 and abs(one["rho"] - two["rho"]) < 1e-9
     for key in ("L1", "PSNR", "SSIM"):
         assert abs(one[key] - two[key]) < 1e-6
     # Noise on the latents makes the decodings worse, more of it more so
-    smoothness = next(key for key in one if key.startswith("PSNR at eps"))
+    smoothness = "PSNR at eps 0.01, 0.05, 0.1, 0.2, 0.3"
     assert np.allclose(one[smoothness], two[smoothness], atol=1e-6)
     values = [one["PSNR"], *one[smoothness]]
     assert values[0] > values[3] > values[4] > values[5]
     # Random labels hardly compress: nearly all of the variance is within them
     assert 0.4 < one["sigma2"] < 1.1
-    assert "holds no" in fails(train_ae, *start, "--out", tmp_path / "x")
 
 
 def test_rfid_and_lpips_are_computed_where_their_weights_are(
-    tmp_path, tiny_vmae, folder, monkeypatch
+    tmp_path, tiny_vmae, folder, monkeypatch, inception
 ):
-    few, out, weights = tmp_path / "few", tmp_path / "eval", tmp_path / "inception.pth"
-    torch.manual_seed(0)
-    torch.save(fid.InceptionV3().state_dict(), weights)
-
-    def distance(x_hat, x):
-        return (x_hat - x).abs().mean((1, 2, 3), keepdim=True)
-
-    distance.to = lambda device: distance
+    few, out = tmp_path / "few", tmp_path / "eval"
     monkeypatch.setattr(ae, "lpips_vgg", lambda: distance)
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
     link_first_images(folder / "cats", few, 6)
-    flags = ("--data", few, "--inception", weights, "--workers 0 --adm_crop 1")
+    flags = ("--data", few, "--inception", inception, "--workers 0 --adm_crop 1")
     run(train_ae, "--eval --ckpt", tiny_vmae, "--out", out, *flags)
     saved = json.loads((out / "eval.json").read_text())
     row = saved["rows"][0]
     assert saved["not computed"] == [] and abs(row["LPIPS"] - 2 * row["L1"]) < 1e-6
-    inception, model = fid.load_inception(weights, True), ae.load(tiny_vmae)
+    net, model = fid.load_inception(inception, True), ae.load(tiny_vmae)
     images = train_ae.Images(few)
-    crops = np.stack([np.asarray(train_ae.center_crop(images[i], 32)) for i in range(6)])
+    crops = np.stack([np.asarray(fid.center_crop(images[i], 32)) for i in range(6)])
     x = torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         fakes = sample.to_uint8(model.decode(model.encode(x).mode()))
-    pools = [inception(torch.from_numpy(a).permute(0, 3, 1, 2))[0].double() for a in (crops, fakes)]
+    pools = [net(torch.from_numpy(a).permute(0, 3, 1, 2))[0].double() for a in (crops, fakes)]
     expected = fid.frechet_distance(*(x for p in pools for x in (p.mean(0), p.T.cov())))
     assert abs(row["rFID"] - expected) < 1e-4 * expected
+
+
+def test_one_image_gives_all_measures_but_rfid(
+    tmp_path, tiny_vmae, folder, monkeypatch, inception, capsys
+):
+    few, out = tmp_path / "few", tmp_path / "eval"
+    monkeypatch.setattr(ae, "lpips_vgg", lambda: distance)
+    monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
+    link_first_images(folder / "cats", few, 1)
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "000.png")
+    flags = ("--data", few, "--inception", inception, "--masks", tmp_path, "--workers 0")
+    run(train_ae, "--eval --ckpt", tiny_vmae, "--out", out, *flags)
+    saved = json.loads((out / "eval.json").read_text())
+    assert saved["not computed"] == ["rFID is not computed: it needs two images"]
+    assert saved["not computed"][0] in capsys.readouterr().out
+    (row,) = saved["rows"]
+    missing = {name for name, value in row.items() if value in (None, [None])}
+    assert missing == {"rFID", "rFID at eps 0.3"}
+    assert {"L1", "PSNR", "PSNR at eps 0.3", "SSIM", "LPIPS", "sigma2", "rho"} < row.keys()
+
+
+def test_eval_ends_at_its_start_if_the_inception_file_is_missing_or_damaged(
+    tmp_path, tiny_vmae, capsys
+):
+    file = tmp_path / "inception.pth"
+    command = ("--eval --ckpt", tiny_vmae, "--inception", file, "--out", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=str(file)):
+        run(train_ae, *command)
+    file.write_bytes(b"no weights")
+    assert f"{file} cannot be read" in fails(train_ae, *command)
+    assert "|" not in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
 # ---- the recipe ----
@@ -455,8 +521,6 @@ def test_a_numbered_file_of_the_first_stage_starts_the_last_one(tmp_path):
     # A whole checkpoint, of that step
     assert kept["step"] == 2 and kept.keys() == last.keys()
     assert not torch.equal(kept["model"]["to_latent.weight"], last["model"]["to_latent.weight"])
-    # Its row in a table has the name of its run
-    assert train_ae.name_of(out / "ckpt-0000002.pt", []) == "first-0000002"
     run(train_ae, "--out", tuned, "--tune_decoder --init", out / "ckpt-0000002.pt", "--steps 1")
     assert torch.equal(
         read(tuned / "ckpt.pt")["model"]["to_latent.weight"], kept["model"]["to_latent.weight"]
@@ -492,7 +556,10 @@ def test_tuning_the_decoder_minimises_mse_plus_ten_lpips_of_the_posterior_mean()
     torch.manual_seed(0)
     sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1, "init": None}
     recipe = train_ae.RECIPES["tune"] | {"model": "vmae", "tune_decoder": True, "kl": 1e-6}
-    model = train_ae.build(argparse.Namespace(**(recipe | sizes)))
+    args = argparse.Namespace(**(recipe | sizes))
+    model = train_ae.build(args)
+    # What goes into the file is the first stage's weight
+    assert args.kl == 1e-6 and model.weights["kl"] == 0
     x = normal(0, 2, 3, 32, 32)
     loss, _, x_hat = model(x, perceptual=lambda a, b: (a - b).abs().mean())
     torch.testing.assert_close(x_hat, model.decode(model.encode(x).mean))
@@ -521,19 +588,29 @@ def test_the_ablation_s_rows_differ_in_flags(tmp_path, folder, flags, terms):
     assert abs(line["loss"] - sum(weights[name] * line[name] for name in terms)) < 1e-6
 
 
-def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae):
-    out, nothing = tmp_path / "out", tmp_path / "none.pt"
-    assert "--ckpt" in fails(train_ae, "--out", out, "--eval")
-    assert "no checkpoint file" in fails(train_ae, "--out", out, "--eval --ckpt", nothing)
-    message = fails(train_ae, "--out", out, "--eval --steps 3 --ckpt", tiny_vmae)
-    assert "unrecognized arguments: --steps 3" in message
+def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae, folder, capsys):
+    out, nothing, data = tmp_path / "out", tmp_path / "none.pt", ("--data", folder)
+    assert "required: --ckpt" in usage_error(capsys, train_ae, "--eval")
+    more = ("--eval --steps 3 --ckpt", tiny_vmae)
+    assert "unrecognized arguments: --steps 3" in usage_error(capsys, train_ae, *more)
+    judge = ("--out", out, "--eval --ckpt", tiny_vmae)
+    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+        run(train_ae, *judge, nothing)
+    message = fails(train_ae, *judge, *data, "--masks", tmp_path)
+    assert f"{tmp_path} holds no NAME.png for an image NAME" in message
+    assert "--masks goes with --data" in fails(train_ae, *judge, "--masks", tmp_path)
+    for inside in (folder, folder / "ants" / "eval"):
+        message = fails(train_ae, *judge, *data, "--out", inside)
+        assert f"{inside} lies inside --data {folder}" in message
+    assert not (folder / "ants" / "eval").exists()
+
     message = fails(train_ae, "--out", out, "--init", tiny_vmae, "--model ae", TINY_CONV)
-    assert "another model" in message and "it holds a vmae" in message
+    assert f"{tiny_vmae} is of another kind of model: vmae" in message
     run(train_ae, "--out", tmp_path / "ae", "--model ae", TINY_CONV, "--steps 1")
     start = ("--tune_decoder --init", tmp_path / "ae" / "ckpt.pt")
-    assert "another model" in fails(train_ae, "--out", out, *start)
-    message = fails(train_ae, "--out", out, "--tune_decoder --model mae --init", tiny_vmae)
-    assert "--model vmae" in message
+    assert "ckpt.pt is of another model" in fails(train_ae, "--out", out, *start)
+    said = usage_error(capsys, train_ae, "--tune_decoder --model mae --init", tiny_vmae)
+    assert "it goes with --model vmae" in said
 
 
 def test_masks_without_a_label_are_one_sentence(tmp_path, tiny_vmae, folder):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,8 @@ def test_a_run_goes_on_with_another_number_of_processes_to_rounding(tmp_path):
     flags = f"{TINY_VIT} {SMALL} --schedule constant"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(train_ae, "--out", whole, flags, "--steps 6")
-    run(train_ae, "--out", cut, flags, "--steps 3")
-    ends_well(start(2, "train_ae.py", "--out", cut, flags, "--resume --steps 6"))
+    ends_well(start(2, "train_ae.py", "--out", cut, flags, "--steps 3"))
+    run(train_ae, "--out", cut, flags, "--resume --steps 6")
     assert 0 <= difference(whole, cut) < 1e-5
     assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 4, 5, 6]
 
@@ -145,7 +146,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "missing", "flipped"])
-def test_without_a_good_checkpoint_a_sentence_says_what_to_do_and_that_goes_on(tmp_path, how):
+def test_without_a_good_checkpoint_a_sentence_says_so_and_a_numbered_one_goes_on(tmp_path, how):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = f"{TINY_VIT} {SMALL} --schedule constant --keep_every 2"
     run(train_ae, "--out", whole, flags, "--steps 6")
@@ -153,20 +154,28 @@ def test_without_a_good_checkpoint_a_sentence_says_what_to_do_and_that_goes_on(t
     damage(cut / "ckpt.pt", how)
     log = (cut / "log.jsonl").read_bytes()
     message = fails(train_ae, "--out", cut, flags, "--resume --steps 6")
-    state = "has no ckpt.pt" if how == "missing" else "ckpt.pt is no checkpoint"
-    assert state in message and "copy" in message and (cut / "log.jsonl").read_bytes() == log
+    missing = f"{cut} has no ckpt.pt: to go on from ckpt-0000002.pt, copy it to ckpt.pt"
+    assert (missing if how == "missing" else f"{cut}/ckpt.pt cannot be read") in message
+    assert (cut / "log.jsonl").read_bytes() == log
     shutil.copy(cut / "ckpt-0000002.pt", cut / "ckpt.pt")
     run(train_ae, "--out", cut, flags, "--resume --steps 6")
     assert same(content(whole / "ckpt.pt"), content(cut / "ckpt.pt"))
     assert without_times(whole) == without_times(cut)
 
 
-def test_a_picture_that_cannot_be_written_comes_after_the_checkpoint(tmp_path, monkeypatch):
+def test_pictures_are_written_before_their_checkpoint(tmp_path, monkeypatch):
+    save_grid, flags = sample.save_grid, f"{TINY_VIT} {SMALL} --ckpt_every 2"
+
     def full(*args):
+        monkeypatch.setattr(sample, "save_grid", broken)
+        save_grid(*args)
+
+    def broken(*args):
         raise OSError("recon.png: no space left")
 
     monkeypatch.setattr(sample, "save_grid", full)
-    assert "no space" in fails(train_ae, "--out", tmp_path, TINY_VIT, SMALL, "--steps 2")
+    with pytest.raises(OSError, match="no space"):
+        run(train_ae, "--out", tmp_path, flags, "--steps 4")
     assert read(tmp_path / "ckpt.pt")["step"] == 2
 
 
@@ -178,11 +187,12 @@ def test_no_room_for_a_checkpoint_costs_the_new_one_alone(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
     try:
         more = "--resume --steps 4 --ckpt_every 1"
-        message = fails(train_ae, "--out", tmp_path, flags, more)
+        with pytest.raises((OSError, RuntimeError)) as error:
+            run(train_ae, "--out", tmp_path, flags, more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "ckpt.pt cannot be written" in message and "File too large" in message
-    assert ckpt.read_bytes() == before and not (tmp_path / "ckpt.pt.tmp").exists()
+    assert "File too large" in "".join(traceback.format_exception(error.value))
+    assert ckpt.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     run(train_ae, "--out", tmp_path, flags, "--resume --steps 4")
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
 
@@ -190,23 +200,34 @@ def test_no_room_for_a_checkpoint_costs_the_new_one_alone(tmp_path):
 # ---- Ctrl-C ----
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_is_one_line_and_no_process_is_left(tmp_path, processes):
+@pytest.mark.parametrize(
+    "processes, attempts",
+    [
+        (1, 1),
+        pytest.param(1, 8, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_is_one_line_and_no_process_is_left(tmp_path, processes, attempts):
     """The whole process group gets it, as from a terminal; loader processes go with the script."""
-    flags = f"{TINY_VIT} {SMALL} --ckpt_every 2 --steps 1000000 --workers 2 --schedule constant"
-    process = start(processes, "train_ae.py", "--out", tmp_path, flags)
-    wait_for(tmp_path, 5, process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert stderr.count("train_ae.py: stopped; go on with the same command") == 1
-    # A loader process that hands over a batch may say that its reader has gone, torchrun what it does
-    assert processes > 1 or "KeyboardInterrupt" not in stderr, stderr
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    step = read(tmp_path / "ckpt.pt")["step"]
-    more = f"--resume --steps {step + 2} --workers 0"
-    run(train_ae, "--out", tmp_path, flags, more)
+    settings = "--ckpt_every 2 --steps 1000000 --workers 2 --schedule constant --resume"
+    flags = f"{TINY_VIT} {SMALL} {settings}"
+    for attempt in range(attempts):
+        process, done = start(processes, "train_ae.py", "--out", tmp_path, flags), 0
+        if attempt:
+            done = len(log_of(tmp_path))
+        wait_for(tmp_path, done + 5, process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        # Each process says it. torchrun, which ends with a traceback, may be faster than some
+        said = stderr.count("stopped; a training run goes on with --resume\n")
+        assert 1 <= said <= processes
+        assert processes > 1 or said == len(stderr.splitlines()), stderr
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+        step = read(tmp_path / "ckpt.pt")["step"]
+    run(train_ae, "--out", tmp_path, flags, f"--steps {step + 2} --workers 0")
     assert log_of(tmp_path)[-1]["step"] == step + 2
 
 
@@ -214,8 +235,7 @@ def test_ctrl_c_is_one_line_and_no_process_is_left(tmp_path, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["sample", "fid"])
-def test_processes_that_leave_each_other_do_not_hang(tmp_path, module):
+def test_processes_that_leave_each_other_do_not_hang(tmp_path):
     """With PyTorch 2.4, a barrier and destroy_process_group alone hang within ten times."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
@@ -223,7 +243,7 @@ import faulthandler, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import torch.distributed as dist
-import {module}
+import fid
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 file = dist.FileStore({str(tmp_path / "store")!r}, world)
 for i in range(300):
@@ -233,7 +253,7 @@ for i in range(300):
     # Not waited for, so that gloo's threads are still busy with them
     for _ in range(4):
         dist.all_reduce(torch.ones(1), async_op=True)
-    {module}.leave_processes()
+    fid.leave_processes()
 if rank == 0:
     print("left", i + 1, "times")
 """)
@@ -424,6 +444,7 @@ def odd_images(tmp_path):
     rgb.save(root / "moves.webp", save_all=True, append_images=[grey.convert("RGB")])
     rgb.resize((1, 1)).save(root / "one pixel.png")
     rgb.resize((7, 90)).save(root / "narrow.png")
+    Image.new("L", (1, 9000)).save(root / "strip.png")
     rgb.save(root / "日本 ümläut.jpg")
     good = sorted(root.iterdir())
     rgb.save(root / "cut.jpg")
@@ -433,7 +454,6 @@ def odd_images(tmp_path):
     (root / "link.png").symlink_to("nowhere.png")
     # A few kB on disk, but more pixels than Pillow accepts
     Image.new("1", (20000, 10000)).save(root / "huge.png")
-    Image.new("L", (1, 9000)).save(root / "strip.png")
     Image.fromarray(ramp.astype(np.float32)).save(root / "32 bit.tif")
     return root, good, sorted(set(root.iterdir()) - set(good))
 
@@ -449,10 +469,9 @@ def test_odd_images_are_read_or_skipped_by_name(odd_images, capfd, workers):
     keys = [[(i, 0, False)] for i in range(len(images))] * 2
     batches = list(train_ae.load_batches(train_ae.Batches(images, show), keys, workers, "cpu"))
     assert len(batches) == len(keys)
-    for i, (x, label, unreadable) in enumerate(batches):
+    for i, (x, label) in enumerate(batches):
         assert x.shape == (1, 3, 32, 32) and label == 0
         place = i % len(paths)
-        assert unreadable == (paths[place] in bad)
         # The next image that can be read takes the place
         while paths[place] in bad:
             place = (place + 1) % len(paths)
@@ -482,35 +501,47 @@ def test_odd_kinds_show_what_they_show(odd_images):
         assert np.abs(show(name) - [200, 100, 50]).max() <= 6, name
 
 
-def test_training_on_odd_images_with_workers(odd_images, tmp_path):
+def test_training_on_odd_images_with_workers(odd_images, tmp_path, capfd):
     root, good, bad = odd_images
     out, dit_out, n = tmp_path / "out", tmp_path / "dit", len(good) + len(bad)
     small = f"--image_size 32 --lpips 0 --workers 2 --batch {n} --steps 3 --log_every 1"
     run(train_ae, "--data", root.parent, "--out", out, TINY_VIT, small)
+    assert all(np.isfinite(line["loss"]) for line in log_of(out))
     # Each step is an epoch
-    assert all(abs(line["unreadable"] - len(bad) / n) < 1e-6 for line in log_of(out))
+    warned = capfd.readouterr().err
+    assert all(f"warning: replaced by the next image: {path} " in warned for path in bad)
     small = f"--model DiT-demo/1 --workers 1 --batch {n} --steps 2 --sample_steps 2"
     flags = ("--ae", out / "ckpt.pt", "--cache", tmp_path / "cache", small)
     run(train_dit, "--data", root.parent, "--out", dit_out, *flags)
     assert (dit_out / "samples.png").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_loader_worker_that_dies_is_a_sentence_within_a_minute(
-    tmp_path, folder, monkeypatch, number
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    "number, attempts",
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGSEGV, 1),
+        pytest.param(signal.SIGKILL, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_loader_process_that_dies_is_a_sentence_within_a_minute_wherever_the_script_is(
+    tmp_path, folder, number, attempts
 ):
-    home = os.getpid()
-
-    def deadly(*args):
-        assert os.getpid() != home
-        os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(train_ae, "augment", deadly)
-    small = "--image_size 32 --lpips 0 --workers 2 --batch 8 --steps 3"
-    began = time.time()
-    message = fails(train_ae, "--data", folder, "--out", tmp_path / "out", TINY_VIT, small)
-    assert "process that loads images died" in message and "--workers" in message
-    assert time.time() - began < 60
+    small = "--image_size 32 --lpips 0 --workers 2 --batch 8 --log_every 1 --steps 1000000"
+    for attempt in range(attempts):
+        out = tmp_path / str(attempt)
+        process = start(1, "train_ae.py", "--data", folder, "--out", out, TINY_VIT, small)
+        wait_for(out, 5 + 7 * attempt, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        *others, sentence = stderr.splitlines()
+        assert sentence.lstrip("\0").startswith("a process that loads images died")
+        assert "--workers" in sentence
+        # Of a crash PyTorch says a line, too
+        assert len(others) == (number == signal.SIGSEGV), stderr
 
 
 # ---- hostile files ----
@@ -566,8 +597,8 @@ def test_no_file_that_is_handed_over_runs_code(tmp_path, tiny_vmae, tiny_dit_for
         cache = tmp_path / bad
         cache.mkdir()
         for kind in ("moments", "labels"):
-            np.save(train_dit.shard_path(cache, kind, 0), array if kind == bad else np.zeros(1))
-        with pytest.raises(ae.UserError, match="is damaged"):
+            np.save(cache / f"{kind}-00000.npy", array if kind == bad else np.zeros(1))
+        with pytest.raises(ValueError, match="[Oo]bject"):
             train_dit.Cache(cache)[[(0, 0, False)]]
     assert not mark.exists()
 
@@ -600,21 +631,23 @@ def test_no_path_found_in_a_file_is_opened(tmp_path, tiny_vmae, folder):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits_in_training_sampling_and_evaluation(tmp_path, folder):
+def test_the_same_seed_gives_the_same_bits_in_training_sampling_and_evaluation(
+    tmp_path, folder, monkeypatch
+):
     weights, samples, pictures, tables = [], [], [], []
     for name in ("a", "b"):
-        out = tmp_path / name
-        vmae, dit_out, judged = out / "vmae", out / "dit", out / "eval"
-        run(train_ae, "--out", vmae, TINY_VIT, SMALL, "--steps 5")
-        run(train_dit, "--ae", vmae / "ckpt.pt", "--out", dit_out, DIT, "--steps 5")
-        run(sample, "--ckpt", dit_out / "ckpt.pt", "--out", out, "--steps 3 --num 12 --npz")
-        run(train_ae, "--eval --ckpt", vmae / "ckpt.pt", "--out", judged, "--data", folder / "ants")
-        weights.append([content(stage / "ckpt.pt") for stage in (vmae, dit_out)])
-        with np.load(out / "samples.npz") as file:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run(train_ae, "--out vmae", TINY_VIT, SMALL, "--steps 5")
+        run(train_dit, "--ae vmae/ckpt.pt --out dit", DIT, "--steps 5")
+        run(sample, "--ckpt dit/ckpt.pt --out drawn --steps 3 --num 12 --npz")
+        run(train_ae, "--eval --ckpt vmae/ckpt.pt --out eval --data", folder / "ants")
+        weights.append([content(Path(stage, "ckpt.pt")) for stage in ("vmae", "dit")])
+        with np.load("drawn/samples.npz") as file:
             samples.append((file["arr_0"], file["arr_1"]))
-        files = (judged / "vmae.png", dit_out / "samples.png")
-        pictures.append([file.read_bytes() for file in files])
-        rows = json.loads((judged / "eval.json").read_text())["rows"]
+        files = ("eval/vmae-ckpt.pt.png", "dit/samples.png")
+        pictures.append([Path(file).read_bytes() for file in files])
+        rows = json.loads(Path("eval/eval.json").read_text())["rows"]
         tables.append([{k: repr(v) for k, v in row.items() if k != "images/s"} for row in rows])
     assert same(*weights) and tables[0] == tables[1]
     assert pictures[0] == pictures[1]

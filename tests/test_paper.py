@@ -17,19 +17,19 @@ import train_ae
 @pytest.fixture
 def few_digits(monkeypatch):
     """Fifty digits to train on, twenty held out."""
-    read = train_ae.Images.read_digits
+    init = train_ae.Images.__init__
 
-    def read_few(images, held_out):
-        read(images, held_out)
+    def few(images, folder=None, held_out=False):
+        init(images, folder, held_out)
         every = 25 if held_out else 90
         images.pixels, images.labels = images.pixels[::every], images.labels[::every]
 
-    monkeypatch.setattr(train_ae.Images, "read_digits", read_few)
+    monkeypatch.setattr(train_ae.Images, "__init__", few)
 
 
 def rows_of(tables, title):
-    """The rows of the table below this title, without header, as lists of cells."""
-    (lines,) = [
+    """The rows of the first table below this title, without header, as lists of cells."""
+    lines, *_ = [
         part.splitlines()
         for part in tables.split(f"### {title}")[1].split("### ")[0].split("\n\n")
         if part.startswith("|")
@@ -68,6 +68,10 @@ def test_the_comparison_has_a_row_for_each_and_goes_on_where_it_was(
         smoothness = rows_of(tables, f"Smoothness, {title}")
         assert [len(row) for row in smoothness] == [1 + len(train_ae.EPS)] * 6
     assert [row[-1] for row in rows_of(tables, "Ablation of VMAE")] == ["1", "1", "1"]
+    regularisers = rows_of(tables, "Latent regularisers of VMAE")
+    assert [row[0] for row in regularisers] == list(paper.REGULARISERS)
+    for *_, posterior_std, runs in regularisers:
+        assert runs == "1" and 10 < float(posterior_std) < 1000  # percent
 
     # A second call reads the results and trains nothing.
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
