@@ -839,10 +839,10 @@ def run_main(main):
         sys.exit("stopped; a training run goes on with --resume")
     except RuntimeError as error:
         # PyTorch raises this wherever the script happens to be.
-        if not re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
+        if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
         sys.exit(
-            "a process that loads images died or hangs, perhaps for want of memory or of room in "
+            "a process that loads images died, perhaps for want of memory or of room in "
             "/dev/shm (in Docker: --shm-size or --ipc=host): try fewer --workers "
             f"({str(error).splitlines()[0]})"
         )

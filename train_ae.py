@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing.queues
 import os
 import re
 import signal
@@ -1028,7 +1029,7 @@ def load_batches(dataset, keys, workers, device):
         sampler=keys,
         num_workers=workers,
         pin_memory=device != "cpu",
-        timeout=600 if workers else 0,  # seconds
+        worker_init_fn=end_if_a_batch_is_lost,
     )
     # Batches come as files in /dev/shm and not through sockets, which a worker that dies would break.
     torch.multiprocessing.set_sharing_strategy("file_system")
@@ -1039,6 +1040,17 @@ def load_batches(dataset, keys, workers, device):
     for x, *rest in batches:
         x, *rest = (values.to(device, non_blocking=True) for values in (x, *rest))
         yield x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x, *rest
+
+
+def end_if_a_batch_is_lost(worker):
+    """In loader processes: one that cannot send a batch, for want of room in /dev/shm, says so and
+    ends, which the script notices. PyTorch would wait for the batch without end."""
+
+    def end(error, batch):
+        print(f"a batch was lost: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
 
 
 # =================================================================================================

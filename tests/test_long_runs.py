@@ -544,6 +544,15 @@ def test_a_loader_process_that_dies_is_a_sentence_within_a_minute_wherever_the_s
         assert len(others) == (number == signal.SIGSEGV), stderr
 
 
+def test_a_batch_that_cannot_be_sent_ends_the_loader_process_and_is_not_waited_for():
+    class Unsendable(torch.utils.data.Dataset):
+        def __getitem__(self, key):
+            return torch.zeros(1), lambda: None  # which cannot be pickled
+
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        next(train_ae.load_batches(Unsendable(), [[0]], 1, "cpu"))
+
+
 # ---- hostile files ----
 
 
