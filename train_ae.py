@@ -1031,7 +1031,7 @@ def load_batches(dataset, keys, workers, device):
         pin_memory=device != "cpu",
         worker_init_fn=end_if_a_batch_is_lost,
     )
-    # Batches come as files in /dev/shm and not through sockets, which a worker that dies would break.
+    # Batches come as files in /dev/shm, not through sockets, which a worker that dies would break.
     torch.multiprocessing.set_sharing_strategy("file_system")
     # Workers inherit that Ctrl-C is blocked: it ends the script alone, and they go with it.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

@@ -49,8 +49,8 @@ def vae_error(variance, kl):
 def dae_error(variance, noise_std):
     """The error that the optimal linear DAE makes on a component of this variance, without noise.
 
-    The loss is E (x - g (x + s noise))^2, whose minimum is the Wiener gain g = v / (v + s^2). Judged
-    on clean images, it loses (1 - g)^2 of the variance v.
+    The loss is E (x - g (x + s noise))^2, whose minimum is the Wiener gain g = v / (v + s^2).
+    Judged on clean images, it loses (1 - g)^2 of the variance v.
     """
     gain = variance / (variance + noise_std**2)
     return variance * (1 - gain) ** 2

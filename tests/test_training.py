@@ -146,7 +146,7 @@ def test_streams_of_random_numbers_have_different_seeds():
 @pytest.mark.parametrize("model", ["vmae", pytest.param("sdvae", marks=pytest.mark.slow)])
 def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, model, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    # At a constant rate, or while a cosine that ends later falls, a longer run begins like a shorter
+    # At a constant rate, or on a cosine that ends later, a longer run begins like a shorter one
     schedule = "cosine --decay_epochs 1" if model == "vmae" else "constant"
     flags = f"{tiny(model)} {SMALL} --batch 8 --schedule {schedule}"
     run(train_ae, "--out", whole, flags, "--steps 10")
