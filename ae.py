@@ -81,7 +81,8 @@ class Autoencoder(nn.Module):
 
     Attributes of an instance: `latent_dim`, the latent's channels C; `patch_size`, the pixels f on
     a side of a latent position; `image_size`, the pixels on a side of the images it was trained on,
-    None if that is unknown; `args`, the settings in its file, where `load` made it.
+    None if that is unknown; `deterministic`, whether its latent is the posterior's mean and not a
+    sample; `args`, the settings in its file, where `load` made it.
     """
 
     vit = False
@@ -95,11 +96,7 @@ class Autoencoder(nn.Module):
         if unknown := weights.keys() - self.weights.keys():
             raise ValueError(f"{type(self).__name__} has no terms {unknown}")
         self.weights = self.weights | weights
-
-    @property
-    def deterministic(self):
-        """Whether the latent is the posterior's mean: without a KL its variance is not trained."""
-        return not self.weights.get("kl")
+        self.deterministic = not self.weights.get("kl")  # without a KL, variance is not trained
 
     def latent_shape(self, height, width):
         """(C, h, w) of the latents of images of this size; raises UserError if it does not fit."""
@@ -582,12 +579,14 @@ class VMAE(MAE):
 
     L = visible MSE + lambda_M * masked MSE + lambda_P * LPIPS + lambda_reg * KL.
 
-    The KL pulls the variance alone, towards prior_std^2. The default weights are the release's:
-    half the loss with lambda_M = lambda_P = 1 and lambda_reg = 2e-6. The release has this
-    lambda_reg beside a prior_std of 1e-3; the main paper has unit variance and gives no weight.
-    With unit variance it hardly acts: the posterior's std stays near 2% of its channel's
-    (tests/RESULTS.md has other weights). The last stage, which tunes the decoder on MSE + 10 LPIPS,
-    is the same objective with mask_ratio 0 and other weights.
+    The weights below are the release's, half of L with lambda_M = lambda_P = 1, lambda_reg = 2e-6.
+    The last stage, which tunes the decoder on MSE + 10 LPIPS, is the same objective with mask_ratio
+    0 and other weights.
+
+    The KL pulls the variance alone, towards prior_std^2. The release has its weight beside a
+    prior_std of 1e-3; the main paper has unit variance and gives no weight. With unit variance it
+    hardly acts: the posterior's std stays near 2% of its channel's (tests/RESULTS.md has other
+    weights).
     """
 
     # The release's script asks for 0.75 visible and never passes it on.
@@ -643,7 +642,8 @@ MODELS = {"ae": AE, "dae": DAE, "vae": VAE, "sdvae": SDVAE, "mae": MAE, "vmae": 
 
 def settings_of(model):
     """The settings of a class of MODELS, by name with their defaults: what its constructor takes,
-    and the weights of its terms. They are the flags of train_ae.py --model."""
+    and the weights of its terms, as {"patch_size": 8, ..., "masked": 1.0}. They are the flags of
+    train_ae.py --model."""
     settings = {}
     # A class that passes **kwargs on has the settings of its base, too.
     for base in reversed(model.mro()[: model.mro().index(Autoencoder)]):
@@ -699,6 +699,8 @@ def from_checkpoint(ckpt, path="the checkpoint"):
     else:
         raise UserError(f"{path} holds no autoencoder that this program knows")
     model = build(args)
+    # VMAE's last stage has no KL, but keeps the posterior that its first stage learned.
+    model.deterministic = args.get("deterministic", model.deterministic)
     model.load_state_dict(state)
     model.args = args  # together with the weights, this makes a checkpoint again
     return model.eval()

@@ -101,7 +101,6 @@ def main():
     autoencoder = load_autoencoder(info, args.ckpt, args.ae)
     latent_mean, latent_std = load_statistics(info, args.ckpt, args.stats)
     check_latents(model, autoencoder, latent_mean, latent_std)
-    parts = [part.to(device) for part in (model, autoencoder, latent_mean, latent_std)]
 
     # The settings of sampling: the flag's, else the checkpoint's, else the paper's.
     settings = dit.sampling_of(info)
@@ -112,14 +111,16 @@ def main():
     class_names = info.get("class_names", [""] * model.num_classes)
     names = names_in_words(class_names)
     labels = parse_labels(args.labels, names, class_names)
+
     if args.compile:
         model.compile(dynamic=False)
+    parts = [part.to(device) for part in (model, autoencoder, latent_mean, latent_std)]
     generate_samples = functools.partial(
         generate, *parts, seed=args.seed, dtype=args.dtype, **settings
     )
-
     out = args.out or os.path.dirname(args.ckpt) or "."
     if args.num is not None:
+        # All that decides a picture, beside its index.
         record = {
             "model": ae.fingerprint(model.state_dict()),
             "autoencoder": ae.fingerprint(autoencoder.state_dict()),
@@ -131,21 +132,9 @@ def main():
             "class_names": class_names,  # in the order of the numbers in the files' names
             **settings,
         }
-        classes = labels or list(range(model.num_classes))
-        odd = [i for i, name in enumerate(class_names) if name.isdecimal() and int(name) != i]
-        if odd and rank == 0:
-            print(
-                f"note: files are named by the number of a class among all, not by its name: "
-                f"{odd[0]} is the class {class_names[odd[0]]}, see settings.json"
-            )
-        write_files(generate_samples, args, out, classes, record)
+        write_files(generate_samples, args, out, labels or range(model.num_classes), record)
     elif rank == 0:
-        if labels is None and model.num_classes == 1:
-            labels = [0] * 8
-        elif labels is None and is_imagenet(class_names):
-            labels = FIGURE_II
-        elif labels is None:
-            labels = spread(model.num_classes)
+        labels = labels or labels_of_grid(class_names)
         captions = [caption(names, label) if len(names) > 1 else "" for label in labels]
         os.makedirs(out, exist_ok=True)
         path = os.path.join(out, "samples.png")
@@ -296,6 +285,13 @@ def parse_labels(words, names, class_names):
     return labels
 
 
+def labels_of_grid(class_names):
+    """The rows of a grid if --labels is not given."""
+    if is_imagenet(class_names):
+        return FIGURE_II
+    return [0] * 8 if len(class_names) == 1 else spread(len(class_names))
+
+
 def spread(num_classes):
     """At most ten classes, spread over all."""
     count = min(num_classes, 10)
@@ -330,6 +326,13 @@ def write_files(generate_samples, args, out, classes, record):
     folder, archive = os.path.join(out, "samples"), os.path.join(out, "samples.npz")
     if args.npz and os.path.exists(archive):
         raise UserError(f"{archive} exists: remove it, or name another folder with --out")
+    names = record["class_names"]
+    odd = [i for i, name in enumerate(names) if name.isdecimal() and int(name) != i]
+    if odd and rank == 0:
+        print(
+            f"note: files are named by the number of a class among all, not by its name: "
+            f"{odd[0]} is the class {names[odd[0]]}, see settings.json"
+        )
     if rank == 0:
         claim(folder, record)
     wait_for_all()

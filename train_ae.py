@@ -128,6 +128,7 @@ RECIPES = {
         image_size=256,  # [R]
         mask_ratio=0.0,  # [R]
         visible=1.0,  # [R] weight of the MSE
+        kl=0.0,  # [R] the decoder is tuned on the posterior's mean
         lpips=10.0,  # [R]
         epochs=10,  # [R]
         warmup=0,  # [R]
@@ -203,12 +204,13 @@ SIZES = (
 def parse_args():
     """The settings: flags; where they are not given, the sizes that a checkpoint brings; else the
     demo's, the recipe's, the class's."""
-    # The words that choose these defaults are read first.
-    words = first_words()
+    # Some flags choose the defaults of others, so the command line is read twice.
+    words = new_parser(add_help=False)
     add = words.add_argument
     add("--model", choices=list(ae.MODELS), default="vmae", help="which autoencoder")
     add("--tune_decoder", action="store_true", help="VMAE's last stage, of the network in --init")
     add("--eval", action="store_true", help="judge autoencoders, see --eval --help")
+    add_run_flags(words)
     chosen, rest = words.parse_known_args()
     if chosen.eval:
         return parse_eval_args()
@@ -226,12 +228,9 @@ def parse_args():
     if source:
         start = load_start(source, chosen)
         sizes = ae.settings_of(type(start)) | start.args
-        # The last stage keeps the weight of the KL, see build.
-        names = [*SIZES, "kl"] if chosen.tune_decoder else SIZES
-        sizes = {name: sizes[name] for name in names if name in sizes and name in settings}
+        sizes = {name: sizes[name] for name in SIZES if name in sizes and name in settings}
 
     parser = new_parser(__doc__, parents=[words])
-    add_run_flags(parser, demo=chosen.data is None)
     length = parser.add_mutually_exclusive_group().add_argument
     length("--epochs", type=number(float, 1e-9), help="length of the run")
     length("--steps", type=number(int, 1), help="the same in optimiser steps")
@@ -277,7 +276,11 @@ def parse_args():
     )
     add("--base_lr", type=number(float, 0), help="learning rate at batch 256")
     add("--weight_decay", type=number(float, 0), help="AdamW, of all but biases and norms")
-    return parse_flags(parser, settings, sizes, source)
+    args = parse_flags(parser, settings, sizes, source)
+    if args.tune_decoder:
+        # A DiT on the tuned autoencoder goes on drawing from the first stage's posterior.
+        args.deterministic = start.deterministic
+    return args
 
 
 def load_start(path, chosen):
@@ -314,14 +317,20 @@ def train(args):
     rank, world, device = fid.join_processes(args.device)
     images = Images(args.data)
     ckpt = open_run(args)
+    resolve(args, device)
     if args.steps is None:
         args.steps = max(1, round(args.epochs * len(images) / args.batch))
     args.epochs = round(args.steps * args.batch / len(images), 3)
     if args.micro_batch is None:
         # The memory of a micro-batch grows with its pixels.
         args.micro_batch = max(1, int(256 * min(1, 128 / args.image_size) ** 2))
-    slices = resolve(args, device)
+    slices = cut_batch(args)
     first_step = check_run(args, images, ckpt)
+    picture = os.path.join(args.out, "recon.png")
+    if first_step > args.steps:
+        if rank == 0:
+            print(f"finished before: see {args.out}/ckpt.pt and {picture}")
+        return
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # The learning rate: its highest value, and the steps at which it reaches that and 0.
@@ -332,7 +341,7 @@ def train(args):
     # The network, and the discriminator of eq. 6.
     torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
     net = build(args, start_anew=ckpt is None).to(device)
-    optimizers = [make_optimizer(net, args)]
+    optimizer = make_optimizer(net, args)
     adversarial = isinstance(net, ae.SDVAE)
     if adversarial:
         if args.image_size < 24:
@@ -340,24 +349,16 @@ def train(args):
         disc = ae.Discriminator().to(device)
         if world > 1 and device != "cpu":  # [O] latent diffusion's is per GPU
             disc = torch.nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-        optimizers.append(make_optimizer(disc, args))
+        disc_optimizer = make_optimizer(disc, args)
     if ckpt:
         net.load_state_dict(ckpt["model"])
-        optimizers[0].load_state_dict(ckpt["optimizer"])
+        optimizer.load_state_dict(ckpt["optimizer"])
         if adversarial:
             disc.load_state_dict(ckpt["disc"])
-            optimizers[1].load_state_dict(ckpt["disc_optimizer"])
+            disc_optimizer.load_state_dict(ckpt["disc_optimizer"])
     del ckpt
     describe(args, images, net, peak_lr, warmup_steps)
-    picture = os.path.join(args.out, "recon.png")
     preview = preview_images(args, images, device) if rank == 0 else None
-    if first_step > args.steps:
-        if rank == 0 and not os.path.exists(picture):
-            save_reconstructions(args, net, preview, picture)
-        if rank == 0:
-            print(f"finished before: see {args.out}/ckpt.pt and {picture}")
-        return
-
     writer = tensorboard(args, first_step)
 
     # LPIPS, if it is a term; the network as it is trained.
@@ -396,6 +397,7 @@ def train(args):
             with autocast:
                 drawn = {name: values[rows] for name, values in randomness.items()}
                 loss, terms, x_hat = model(x, perceptual=perceptual, **drawn)
+                loss_d = 0.0  # of the discriminator
                 if with_disc:  # the third term of eq. 6
                     last_layer = net.decoder.conv_out.weight
                     adv_loss, loss_d, adv_terms = ae.adversarial_losses(
@@ -404,27 +406,28 @@ def train(args):
                     loss = loss + adv_loss
                     terms |= adv_terms
 
-            (loss / len(slices)).backward()
-            if with_disc:
-                (loss_d / len(slices)).backward()
+            # One pass for both players: each one's loss has no gradient for the other's weights.
+            ((loss + loss_d) / len(slices)).backward()
             for name, value in (terms | {"loss": loss.detach()}).items():
                 history[name].append(value)
 
         # The optimiser step. A loss that is not finite, in any process, makes the norm of the
         # averaged gradients not finite in all: the step then changes nothing.
-        norms = [clip_grad_norm_(net.parameters(), args.grad_clip)]
+        norm = clip_grad_norm_(net.parameters(), args.grad_clip)
+        finite = norm.isfinite()
         if with_disc:
             if world > 1:  # as DDP does it for the other player
                 for p in disc.parameters():
                     dist.all_reduce(p.grad)
                     p.grad /= world
-            norms.append(clip_grad_norm_(disc.parameters(), args.grad_clip))
-        skip = 1 - torch.stack(norms).isfinite().all().float()
+            finite = finite & clip_grad_norm_(disc.parameters(), args.grad_clip).isfinite()
+        skip = 1 - finite.float()
         lr = learning_rate(args, step, peak_lr, warmup_steps, decay_steps)
-        for optimizer in optimizers[: len(norms)]:
-            update(optimizer, lr, skip)
+        update(optimizer, lr, skip)
+        if with_disc:
+            update(disc_optimizer, lr, skip)
         skipped_in_row = (skipped_in_row + 1) * skip
-        history["grad_norm"].append(norms[0])
+        history["grad_norm"].append(norm)
         history["skipped"].append(skip)
 
         # A log line, every --log_every steps; it waits for the device.
@@ -435,10 +438,10 @@ def train(args):
         # Pictures and a checkpoint, every --ckpt_every or --keep_every steps and at the end.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
-            states = {"model": net.state_dict(), "optimizer": optimizers[0].state_dict()}
+            states = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
             if adversarial:
                 states["disc"] = disc.state_dict()
-                states["disc_optimizer"] = optimizers[1].state_dict()
+                states["disc_optimizer"] = disc_optimizer.state_dict()
             save_reconstructions(args, net, preview, picture)
             show(writer, picture, step)
             save(args, step, images, numbered, states)
@@ -451,13 +454,7 @@ def train(args):
 def build(args, start_anew=True):
     """The autoencoder that the settings describe, with the weights of --init if there are any and
     the run starts anew. Raises UserError if the settings do not fit."""
-    settings = vars(args)
-    if args.tune_decoder:
-        # The last stage decodes the posterior's mean, as a VMAE without a weight of the KL does.
-        # args.kl, which goes into the file, stays the first stage's, so that a DiT on this file
-        # draws from the posterior as before.
-        settings = settings | {"kl": 0.0}
-    net = ae.build(settings)
+    net = ae.build(vars(args))
     net.latent_shape(args.image_size, args.image_size)  # raises if the size does not fit
     if args.init and start_anew:
         state = ae.load(args.init).state_dict()
@@ -489,23 +486,6 @@ def make_optimizer(net, args):
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, 0, args.betas, fused=True)
-
-
-def compile_for_training(net, adversarial=False):
-    """torch.compile, in place, of an autoencoder or a DiT.
-
-    adaptive_weight takes gradients at the decoder's last layer, which must be left as it is: of an
-    SD-VAE only what comes before that is compiled.
-    """
-    parts = [net]
-    if adversarial:
-        parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
-    # DDP's splitting of the graph has computed wrong gradients (PyTorch 2.4): compile it whole.
-    # Sizes never change in training; if they may, all levels of an SD-VAE share a graph of symbolic
-    # sizes, which 2.8 fails to compile.
-    torch._dynamo.config.optimize_ddp = False
-    for part in parts:
-        part.compile(dynamic=False)
 
 
 # ---- Pictures ----
@@ -550,17 +530,8 @@ FREE = {
 }
 
 
-def first_words():
-    """A parser of the flags that are read first, since they choose the defaults of others."""
-    words = new_parser(add_help=False)
-    add_common_flags(words)
-    add = words.add_argument
-    add("--init", type=text, help="checkpoint to start from; it brings the network's sizes")
-    add("--resume", action="store_true", help="go on from --out's checkpoint, if there is one")
-    return words
-
-
 def add_common_flags(parser):
+    """The flags of training and of --eval."""
     add = parser.add_argument
     add("--data", type=text, help="folder of images; None: the demo, on digits")
     add("--out", type=text, help="folder for what is written")
@@ -570,12 +541,15 @@ def add_common_flags(parser):
     add("--micro_batch", type=number(int, 1), help="images per process at once, at most")
 
 
-def add_run_flags(parser, demo):
-    """The flags of both training scripts, beside those of first_words."""
+def add_run_flags(parser):
+    """The flags of both training scripts."""
+    add_common_flags(parser)
     add = parser.add_argument
+    add("--init", type=text, help="checkpoint to start from; it brings the network's sizes")
+    add("--resume", action="store_true", help="go on from --out's checkpoint, if there is one")
     add("--dtype", choices=("float32", "bfloat16"), help="of products; None: bfloat16 on cuda")
     add("--compile", **SWITCH, help="torch.compile; None: 1 on cuda")
-    add("--log_every", type=number(int, 1), default=50 if demo else 100, help="steps")
+    add("--log_every", type=number(int, 1), default=50, help="steps between log lines")
     add("--ckpt_every", type=number(int, 1), help="steps between checkpoints")
     add("--keep_every", type=number(int, 1), help="steps between numbered checkpoints that stay")
     add("--tensorboard", action="store_true", help="also log for TensorBoard, into --out")
@@ -642,6 +616,8 @@ def open_run(args):
             setattr(args, name, ckpt["args"][name])
     if "decay_epochs" in args and "decay_epochs" not in ckpt["args"]:
         args.decay_epochs = None  # files until 2026-11: the cosine ends with the run
+    if vars(args).get("tune_decoder") and "deterministic" not in ckpt["args"]:
+        ckpt["args"]["kl"] = 0.0  # files until 2026-11 have the first stage's weight
     return ckpt
 
 
@@ -667,11 +643,8 @@ def claim_out(args):
 
 
 def resolve(args, device):
-    """Settle the settings that are None or follow from others, in place, and TF32. Returns this
-    process's share of every global batch, as slices of it, one per micro-batch."""
+    """Settle, in place, what follows from the device where the flags do not say it."""
     on_gpu = device != "cpu"
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
     args.device = "cuda" if on_gpu else "cpu"
     if args.dtype is None:
         # GPUs before Ampere have no bfloat16 products.
@@ -681,11 +654,17 @@ def resolve(args, device):
         args.compile = int(on_gpu)
     if args.workers is None:
         args.workers = default_workers(args.data)
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
+
+
+def cut_batch(args):
+    """This process's share of every global batch, as slices of it, one per micro-batch. These are
+    equal: --micro_batch becomes the largest part of the share that is not above it."""
     rank, world = rank_and_world()
     if args.batch % world:
         raise UserError(f"--batch {args.batch} does not divide over {world} processes")
     share = args.batch // world
-    # The largest part of the share that is not above --micro_batch.
     most = min(args.micro_batch, share)
     args.micro_batch = max(m for m in range(1, most + 1) if share % m == 0)
     starts = range(rank * share, (rank + 1) * share, args.micro_batch)
@@ -702,33 +681,17 @@ def default_workers(data):
 
 
 def check_run(args, images, ckpt):
-    """The step that the run begins or goes on with. Drops the log's lines from it on.
+    """The step that the run begins or goes on with; the log's lines from it on are dropped.
 
-    Raises UserError if the run of ckpt had other images or settings, those of FREE excepted, and if
-    the processes do not see the same images and the same checkpoint.
+    Raises UserError if the settings or images of ckpt were others, and if the processes do not see
+    the same images and the same checkpoint.
     """
     rank, _ = rank_and_world()
     first_step = ckpt["step"] + 1 if ckpt else 1
     if ckpt:
-        if ckpt["images"] != images.fingerprint():
-            raise UserError(f"--resume: the run in {args.out} has other images than --data has now")
-        saved, now = ckpt["args"], vars(args)
-        # With a constant learning rate, or with a cosine that ends after both, a longer run begins
-        # like a shorter one.
-        decay = (now.get("decay_epochs") or 0) * len(images) / args.batch
-        same_start = args.schedule == "constant" or decay >= max(saved["steps"], args.steps)
-        free = FREE | {"steps"} if same_start else FREE
-        changed = [name for name in now if name in saved and now[name] != saved[name]]
-        for name in changed:
-            if name not in free:
-                raise UserError(
-                    f"--resume: the run in {args.out} has --{name} {saved[name]}, not {now[name]}"
-                )
+        changed = compare_with(ckpt, args, images)
         if rank == 0:
-            print(
-                f"going on from step {ckpt['step']}",
-                *(f"--{name} {now[name]}" for name in changed if name != "resume"),
-            )
+            print(f"going on from step {ckpt['step']}", *changed)
     elif args.resume and rank == 0:
         print(f"{args.out} has no checkpoint: the run begins")
 
@@ -741,18 +704,45 @@ def check_run(args, images, ckpt):
             f"the processes see different images in --data, or a different checkpoint in "
             f"{args.out}: both must be the same on all nodes"
         )
-
-    path = Path(args.out, "log.jsonl")
-    if rank == 0 and path.exists():
-        kept = []
-        for line in path.read_bytes().splitlines():
-            # A line is broken where a run was killed.
-            with suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] < first_step:
-                    kept.append(line + b"\n")
-        with whole_file(path) as file:
-            file.writelines(kept)
+    log_file = Path(args.out, "log.jsonl")
+    if rank == 0 and log_file.exists():
+        trim_log(log_file, first_step)
     return first_step
+
+
+def compare_with(ckpt, args, images):
+    """The settings, as flags, that have changed since ckpt was written.
+
+    Raises UserError if this changes the course of the run: if the images are others, or settings
+    beside those of FREE.
+    """
+    if ckpt["images"] != images.fingerprint():
+        raise UserError(f"--resume: the run in {args.out} has other images than --data has now")
+    saved, now = ckpt["args"], vars(args)
+    # With a constant learning rate, or with a cosine that ends after both, a longer run begins like
+    # a shorter one.
+    decay = (now.get("decay_epochs") or 0) * len(images) / args.batch
+    same_start = args.schedule == "constant" or decay >= max(saved["steps"], args.steps)
+    free = FREE | {"steps"} if same_start else FREE
+    changed = [name for name in now if name in saved and now[name] != saved[name]]
+    for name in changed:
+        if name not in free:
+            raise UserError(
+                f"--resume: the run in {args.out} has --{name} {saved[name]}, not {now[name]}"
+            )
+    return [f"--{name} {now[name]}" for name in changed if name != "resume"]
+
+
+def trim_log(path, first_step):
+    """Drop the lines of a log from first_step on, which come again, and a broken one, as a run that
+    was killed leaves it."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + b"\n")
+    with whole_file(path) as file:
+        file.writelines(kept)
 
 
 def describe(args, images, net, peak_lr, warmup_steps=0):
@@ -799,6 +789,23 @@ def show(writer, picture, step):
 
 
 # ---- A step ----
+
+
+def compile_for_training(net, adversarial=False):
+    """torch.compile, in place, of an autoencoder or a DiT.
+
+    adaptive_weight takes gradients at the decoder's last layer, which must be left as it is: of an
+    SD-VAE only what comes before that is compiled.
+    """
+    parts = [net]
+    if adversarial:
+        parts = [net.encoder, net.decoder.mid_block, *net.decoder.up_blocks]
+    # DDP's splitting of the graph has computed wrong gradients (PyTorch 2.4): compile it whole.
+    # Sizes never change in training; if they may, all levels of an SD-VAE share a graph of symbolic
+    # sizes, which 2.8 fails to compile.
+    torch._dynamo.config.optimize_ddp = False
+    for part in parts:
+        part.compile(dynamic=False)
 
 
 def learning_rate(args, step, lr, warmup_steps, decay_steps):
@@ -1082,8 +1089,9 @@ def evaluate(args):
 
     The paper's conventions: crop_for_judging; posterior mean; PSNR of uint8 images, averaged; SSIM
     of images clamped to [-1, 1], over a range of 2; LPIPS on unclamped decodings; rFID with
-    pytorch-fid's resizing. L1's scale is not stated: the AE's PSNR, 32.18, is a root mean square
-    error of 0.025 on [0, 1], 0.049 on [-1, 1]; its L1, 0.0218, goes with the first.
+    pytorch-fid's resizing. L1 on [0, 1], a scale that the paper does not state: its AE's PSNR of
+    32.18 is a root mean square error of 0.025 there, and of 0.049 on [-1, 1], for which its L1 of
+    0.0218 would be too small.
     """
     rank, _, device = fid.join_processes(args.device)
     if device != "cpu":

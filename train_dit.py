@@ -84,11 +84,11 @@ DEMO_SAMPLING = dit.SAMPLING | dict(cfg_scale=1.75, cfg_channels=16)
 def parse_args():
     """The settings: flags; where they are not given, the sizes that a checkpoint brings; else the
     demo's, the recipe's."""
-    # The words that choose these defaults are read first.
-    words = train_ae.first_words()
+    # Some flags choose the defaults of others, so the command line is read twice.
+    words = new_parser(add_help=False)
+    train_ae.add_run_flags(words)
     chosen, rest = words.parse_known_args()
-    demo = chosen.data is None
-    settings = RECIPE | DEMO if demo else RECIPE
+    settings = RECIPE | DEMO if chosen.data is None else RECIPE
     source, sizes = train_ae.source_of_sizes(chosen, settings, rest), {}
     if source:
         # LightningDiT's file does not name its sizes.
@@ -97,7 +97,6 @@ def parse_args():
             sizes = {k: args[k] for k in ("model", "qk_norm", "image_size") if k in args}
 
     parser = new_parser(__doc__, parents=[words])
-    train_ae.add_run_flags(parser, demo)
     add = parser.add_argument
     add("--ae", type=text, help="the autoencoder's checkpoint; None: --init's, or VMAE's in out")
     add("--stats", type=text, help="file of the latents' mean, std; None: --init's, or computed")
@@ -138,7 +137,8 @@ def train(args):
     ckpt = train_ae.open_run(args)
     if ckpt and "autoencoder" not in ckpt:
         raise UserError(f"{args.out}/ckpt.pt is no checkpoint of a DiT's run")
-    slices = train_ae.resolve(args, device)
+    train_ae.resolve(args, device)
+    slices = train_ae.cut_batch(args)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.ema is None:
         # [R] 0.9999 from 60,000 steps on. A shorter run gets a smaller decay, so that its initial
@@ -160,6 +160,11 @@ def train(args):
         args.image_size = autoencoder.image_size or 256
     channels, size, _ = autoencoder.latent_shape(args.image_size, args.image_size)
     first_step = train_ae.check_run(args, images, ckpt)
+    picture = os.path.join(args.out, "samples.png")
+    if first_step > args.steps:
+        if rank == 0:
+            print(f"finished before: see {args.out}/ckpt.pt and {picture}")
+        return
 
     # The network, the average of its weights, the optimiser.
     torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
@@ -188,7 +193,6 @@ def train(args):
     sampling["steps"] = args.sample_steps
     if net.class_dropout_prob == 0:  # there is no null class
         sampling["cfg_scale"] = 1.0
-    picture = os.path.join(args.out, "samples.png")
 
     def save_samples():
         """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
@@ -198,16 +202,6 @@ def train(args):
         captions = [images.classes[label] for label in classes]
         at_once = max(1, args.micro_batch // 2)  # guidance doubles the batch
         sample.write_grid(picture, generate, classes, captions, 8, at_once)
-
-    if first_step > args.steps:
-        latent_mean, latent_std = (
-            x.to(device) for x in sample.load_statistics(info, args.out, None)
-        )
-        if rank == 0 and not os.path.exists(picture):
-            save_samples()
-        if rank == 0:
-            print(f"finished before: see {args.out}/ckpt.pt and {picture}")
-        return
 
     writer = train_ae.tensorboard(args, first_step)
 

@@ -180,20 +180,15 @@ def test_a_resumed_dit_ends_in_the_same_bits_whatever_is_in_the_log(tmp_path, ti
     assert without_times(whole) == without_times(cut)
 
 
-def test_resuming_a_finished_run_ends_before_all_work_but_draws_a_missing_picture(
+def test_resuming_a_finished_run_ends_before_all_work(
     tmp_path, tiny_vmae, tiny_dit, monkeypatch, capsys
 ):
     before = [bytes_of(ckpt.parent) for ckpt in (tiny_vmae, tiny_dit)]
-    for module, name in ((train_ae, "training_order"), (train_dit, "fill_cache")):
-        monkeypatch.setattr(module, name, None)
-    autoencoder = (train_ae, "--out", tiny_vmae.parent, TINY_VIT, "--steps 20 --resume")
+    monkeypatch.setattr(torch.optim, "AdamW", None)
+    run(train_ae, "--out", tiny_vmae.parent, TINY_VIT, "--steps 20 --resume")
     start = ("--ae", tiny_vmae, "--out", tiny_dit.parent, "--cache", tmp_path / "cache", SMALL)
-    for flags in (autoencoder, (train_dit, *start, "--steps 8 --sample_steps 4 --resume")):
-        run(*flags)
-        (flags[flags.index("--out") + 1] / "recon.png").unlink(missing_ok=True)
-        (flags[flags.index("--out") + 1] / "samples.png").unlink(missing_ok=True)
-        run(*flags)
-    assert capsys.readouterr().out.count("finished before: see") == 4
+    run(train_dit, *start, "--steps 8 --sample_steps 4 --resume")
+    assert capsys.readouterr().out.count("finished before: see") == 2
     assert [bytes_of(ckpt.parent) for ckpt in (tiny_vmae, tiny_dit)] == before
 
 
@@ -649,7 +644,7 @@ def test_an_epoch_has_every_image_once_whatever_the_number_of_processes(monkeypa
     def keys_of_run(rank, processes, start):
         args = plan(batch=12, micro_batch=3)
         monkeypatch.setattr(train_ae, "rank_and_world", lambda: (rank, processes))
-        slices = train_ae.resolve(args, "cpu")
+        slices = train_ae.cut_batch(args)
         steps = train_ae.training_order(args, images, slices, start)
         return [key for keys in steps for key in keys]
 
@@ -669,7 +664,7 @@ def test_a_micro_batch_is_the_largest_divisor_of_a_share_that_is_not_above_the_f
     for batch, world, micro_batch, found in ((10, 1, 3, 2), (32, 2, 12, 8), (14, 2, 6, 1)):
         args = plan(batch=batch, micro_batch=micro_batch)
         monkeypatch.setattr(train_ae, "rank_and_world", lambda pair=(world - 1, world): pair)
-        slices = train_ae.resolve(args, "cpu")
+        slices = train_ae.cut_batch(args)
         assert {part.stop - part.start for part in slices} == {args.micro_batch} == {found}
         rows = [row for part in slices for row in range(batch)[part]]
         assert rows == list(range(batch - batch // world, batch))  # of the last process
@@ -1090,12 +1085,11 @@ def test_the_latent_of_a_tuned_file_is_random_as_before(tmp_path, tiny_vmae):
     tune = ("--tune_decoder --init", tiny_vmae, SMALL, "--steps 2 --base_lr 16e-3")
     run(train_ae, "--out", tmp_path / "a", *tune)
     first, tuned = ae.load(tiny_vmae), ae.load(tmp_path / "a" / "ckpt.pt")
-    assert tuned.args["kl"] == first.args["kl"] > 0
+    assert tuned.args["kl"] == 0 < first.args["kl"]
     assert not torch.equal(tuned.decoder_norm.bias, first.decoder_norm.bias)
     x = normal(0, 2, 3, 32, 32)
     assert torch.equal(tuned.encode(x).mode(), first.encode(x).mode())
     assert not torch.equal(tuned.encode(x).sample(), tuned.encode(x).mode())
-    assert "--kl 0.0: " in fails(train_ae, "--out", tmp_path / "b", *tune, "--kl 0")
 
 
 def test_latent_statistics_normalise_each_channel(tiny_vmae):
@@ -1515,8 +1509,8 @@ def test_each_edit_that_a_new_autoencoder_lacks_is_missed_loudly(tmp_path, monke
     with pytest.raises(AssertionError, match="settings without a flag: {'gamma'}"):
         run(train_ae, *flags)
 
-    def with_its_flag(parser, demo):
-        add_run_flags(parser, demo)
+    def with_its_flag(parser):
+        add_run_flags(parser)
         parser.add_argument("--gamma", type=fid.number(float, 1), help="power of the tone")
 
     add_run_flags = train_ae.add_run_flags
