@@ -439,7 +439,9 @@ class MAE(Autoencoder):
         decoder_depth=12,  # blocks of the decoder
         num_heads=12,
         latent_dim=16,  # channels C of the latent
-        mask_ratio=0.6,  # share of the patches that the encoder does not see in training
+        # Share of the patches that the encoder does not see in training: the supplement's. The
+        # release has 0.25.
+        mask_ratio=0.6,
         weights=(),  # lambda of terms, by name
     ):
         if image_size % patch_size:
@@ -505,16 +507,17 @@ class MAE(Autoencoder):
             tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[2]))
         return self.to_latent(self.norm(self.blocks(tokens)))
 
-    def decode_tokens(self, z, ids_shuffle):
-        """Latents (B, keep, C) of the patches that ids_shuffle (B, L) puts first -> images."""
-        tokens = self.decoder_embed(self.from_latent(z))
-
-        # Append mask tokens, which have no latent; restore the image's order; add positions.
-        num_masked = ids_shuffle.shape[1] - z.shape[1]
-        mask_tokens = self.mask_token.to(tokens.dtype).expand(z.shape[0], num_masked, -1)
-        tokens = torch.cat([tokens, mask_tokens], 1)  # (B, L, D)
-        ids_restore = ids_shuffle.argsort(1)
-        tokens = tokens.gather(1, ids_restore[..., None].expand(tokens.shape))
+    def decode_tokens(self, z, ids_shuffle=None):
+        """Latents -> images: (B, keep, C) of the patches that ids_shuffle (B, L) puts first, or of
+        all patches in order."""
+        tokens = self.decoder_embed(self.from_latent(z))  # the release's two linear maps
+        if ids_shuffle is not None:
+            # Append mask tokens, which have no latent, and restore the image's order.
+            num_masked = ids_shuffle.shape[1] - z.shape[1]
+            mask_tokens = self.mask_token.to(tokens.dtype).expand(z.shape[0], num_masked, -1)
+            tokens = torch.cat([tokens, mask_tokens], 1)  # (B, L, D)
+            ids_restore = ids_shuffle.argsort(1)
+            tokens = tokens.gather(1, ids_restore[..., None].expand(tokens.shape))
         tokens = tokens + self.decoder_pos_embed
 
         patches = self.decoder_pred["linear_pred"](self.decoder_norm(self.decoder_blocks(tokens)))
@@ -527,9 +530,7 @@ class MAE(Autoencoder):
         return Posterior(moments, self.deterministic)
 
     def decode(self, z):
-        z = z.flatten(2).transpose(1, 2)  # (B, L, C)
-        in_order = torch.arange(z.shape[1], device=z.device).expand(z.shape[0], -1)
-        return self.decode_tokens(z, in_order)
+        return self.decode_tokens(z.flatten(2).transpose(1, 2))  # (B, L, C)
 
     def latent_shape(self, height, width):
         if (height, width) != (self.image_size, self.image_size):
@@ -551,9 +552,9 @@ class MAE(Autoencoder):
         """Encode the visible patches, decode all -> images, posterior, mask.
 
         A visible patch becomes a token, its token a latent, drawn from the posterior, and the
-        latent a token of the decoder. A masked patch is not seen: at its position the decoder gets
-        the mask token. The posterior is that of the visible tokens, (B, keep, C); the mask (B, L)
-        is 1 for masked patches, 0 for visible ones.
+        latent a token of the decoder. The token of a masked patch is dropped before the encoder's
+        blocks: at its position the decoder gets the mask token. The posterior is that of the
+        visible tokens, (B, keep, C); the mask (B, L) is 1 for masked patches, 0 for visible ones.
         """
         if ids_shuffle is None:
             ids_shuffle = torch.rand(len(x), self.grid**2, device=x.device).argsort(1)
@@ -645,13 +646,15 @@ def settings_of(model):
     and the weights of its terms, as {"patch_size": 8, ..., "masked": 1.0}. They are the flags of
     train_ae.py --model."""
     settings = {}
-    # A class that passes **kwargs on has the settings of its base, too.
-    for base in reversed(model.mro()[: model.mro().index(Autoencoder)]):
-        for name, parameter in inspect.signature(base.__init__).parameters.items():
-            if name not in ("self", "kwargs", "weights"):
+    for base in model.mro()[: model.mro().index(Autoencoder)]:
+        parameters = inspect.signature(base.__init__).parameters
+        for name, parameter in parameters.items():
+            if name not in ("self", "kwargs", "weights", *settings):
                 missing = parameter.default is parameter.empty
                 assert not missing, f"{base.__name__}'s {name} has no default"
                 settings[name] = parameter.default
+        if "kwargs" not in parameters:  # else it passes on what its base takes
+            break
     return settings | model.weights
 
 

@@ -328,14 +328,16 @@ def load(path):
     return model.eval(), info
 
 
-def sampling_of(info):
-    """The settings of `sample` in a DiT's file, or the paper's; info: what load returns of it."""
-    if "sampling" in info:
-        return dict(info["sampling"])
+def sampling_of(info, model):
+    """The settings of `sample` for a model: those in info, what load returns of its file, else the
+    paper's; without guidance if the model has no null class."""
+    settings = dict(info.get("sampling", SAMPLING))
     args = info.get("args")
-    if isinstance(args, dict) and "sample_steps" in args:  # files of train_dit.py until 2026-11
-        return {name: args["sample_steps" if name == "steps" else name] for name in SAMPLING}
-    return dict(SAMPLING)
+    if isinstance(args, dict) and "cfg_scale" in args:  # files of train_dit.py until 2026-11
+        settings = {n: args["sample_steps" if n == "steps" else n] for n in SAMPLING}
+    if model.class_dropout_prob == 0:
+        settings["cfg_scale"] = 1.0
+    return settings
 
 
 def config_of(weights, info):

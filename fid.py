@@ -14,7 +14,7 @@ that REF is not computed again. What is stored takes precedence over the images.
 be computed are left out with a message.
 
 Image files are read as a viewer shows them: EXIF orientation applied, transparency over white.
-pytorch-fid ignores the first and shows the colors hidden under the second. Color profiles are
+pytorch-fid ignores the first and shows the colours hidden under the second. Colour profiles are
 ignored, as by every evaluator. For the Inception Score, the images of a .npz file are taken in file
 order, and those of a folder in a fixed random order. Existing files are never replaced.
 """
@@ -123,7 +123,7 @@ def main():
             else:
                 note(f"{name} is left out: it needs {needed}.")
         if args.json:
-            # The number of images whose features are known: not that of statistics alone.
+            # 0 for a file that holds only statistics
             sides = {"REF images": args.ref, "SAMPLES images": args.samples}
             counts = {side: len(features[path].get("pool", ())) for side, path in sides.items()}
             with whole_file(args.json) as file:
@@ -185,7 +185,7 @@ def compute_metrics(net, ref, samples, device):
 
 
 def note(sentence):
-    """Print a line beside the results, once for all processes."""
+    """Print a line to stderr, from rank 0."""
     if rank_and_world()[0] == 0:
         print(sentence, file=sys.stderr)
 
@@ -304,7 +304,7 @@ class Statistics:
 def precision_recall(ref_pool, sample_pool, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019), two floats in [0, 1].
 
-    Each point is the center of a ball that reaches to its k-th nearest other point of the same set.
+    Each point is the centre of a ball that reaches to its k-th nearest other point of the same set.
     Precision is the fraction of samples that lie in some ball of the reference, recall the fraction
     of the reference that lies in some ball of the samples. Distances are float64.
 
@@ -384,7 +384,7 @@ class InceptionV3(nn.Module):
 
     load_inception returns it with the published weights, whose names its modules have.
 
-    half_pixel: resize the images as pytorch-fid does (bilinear, half-pixel centers) and not as
+    half_pixel: resize the images as pytorch-fid does (bilinear, half-pixel centres) and not as
     TensorFlow 1. Convolutions are float32, whatever the caller's settings are.
     """
 
@@ -473,7 +473,7 @@ class InceptionV3(nn.Module):
 def resize_tf1(x, size=299):
     """Resize images (N, C, H, W) float to (N, C, size, size), bilinearly as in TensorFlow 1.
 
-    Row i of the result is read at row i * H / size of the image: no half-pixel centers, no
+    Row i of the result is read at row i * H / size of the image: no half-pixel centres, no
     antialiasing. The same goes for columns.
     """
     for dim in (3, 2):
@@ -672,8 +672,10 @@ def read_image(file, labels=False):
     """Read a file as a viewer shows it, and return a PIL image in mode RGB.
 
     EXIF orientation is applied, and transparency is put over white. (pytorch-fid ignores the first
-    and shows the colors hidden under the second.) Color profiles are ignored. 16-bit grey is scaled
-    by 65535, so a camera's 12 bits in 16 stay dark; 16-bit colors are cut to 8 bits by Pillow.
+    and shows the colours hidden under the second.) Colour profiles are ignored. 16-bit grey is
+    scaled by 65535, so a camera's 12 bits in 16 stay dark; 16-bit colours are cut to 8 bits by
+    Pillow.
+
     labels: only apply the orientation, and keep the values as they are stored. Raises UserError
     with the file's name if it cannot be read or has 32 bits per channel.
     """
@@ -699,7 +701,7 @@ def read_image(file, labels=False):
 
 def center_crop(image, size):
     """ADM's crop of a PIL image to size x size: halve with BOX while that leaves at least `size`,
-    resize the shorter side to `size` with BICUBIC, cut out the center."""
+    resize the shorter side to `size` with BICUBIC, cut out the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)

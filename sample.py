@@ -7,11 +7,11 @@
     python sample.py --ckpt out/dit/ckpt.pt --num 50000 --npz    also one file, for ADM's evaluator
     python sample.py --ckpt lightningdit.pt --ae vmae.pth --stats latents_stats.pt  others' files
 
-Writes samples.png into --out, or with --num the files samples/000123-207.png (index, class). Those
-that are there are kept, so the same command goes on. The noise of sample i depends on --seed and i
-alone, its class on --labels and --per_class, too; the number of processes and the batch change
-rounding only, by one level in some pixels at most. (The -- keeps torchrun from taking --num for an
-abbreviation of a flag of its own.)
+Writes samples.png into --out, or with --num the files samples/000123-207.png (index, number of the
+class). Those that are there are kept, so the same command completes them. The noise of sample i
+depends on --seed and i alone, its class on --labels and --per_class, too; the number of processes
+and the batch change rounding only, by one level in some pixels at most. (The -- keeps torchrun from
+taking --num for an abbreviation of a flag of its own.)
 """
 
 import functools
@@ -59,7 +59,7 @@ def parse_args():
         "--labels",
         type=text,
         nargs="+",
-        help="classes, such as 88 vase n02007558; None: all, a grid some",
+        help="classes, such as 88 vase n02007558; None: all, in a grid at most ten",
     )
     add("--columns", type=number(int, 1), default=8, help="pictures per class in a grid")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of noise and labels")
@@ -103,9 +103,7 @@ def main():
     check_latents(model, autoencoder, latent_mean, latent_std)
 
     # The settings of sampling: the flag's, else the checkpoint's, else the paper's.
-    settings = dit.sampling_of(info)
-    if model.class_dropout_prob == 0:  # there is no null class
-        settings["cfg_scale"] = 1.0
+    settings = dit.sampling_of(info, model)
     given = {name: getattr(args, name) for name in settings}
     settings |= {name: value for name, value in given.items() if value is not None}
     class_names = info.get("class_names", [""] * model.num_classes)
@@ -180,7 +178,7 @@ def load_statistics(info, path, stats):
             f"{path} holds no tensors {names[0]} and {names[1]} of the latents: name the file that "
             "does with --stats"
         )
-    return (found[name].float().view(-1, 1, 1) for name in names)
+    return [found[name].float().view(-1, 1, 1) for name in names]
 
 
 def check_latents(model, autoencoder, latent_mean, latent_std):
@@ -262,12 +260,9 @@ def parse_labels(words, names, class_names):
     """
     if words is None:
         return None
-    names, class_names = (
-        [unicodedata.normalize("NFC", name) for name in some] for some in (names, class_names)
-    )
     labels = []
     for word in words:
-        word = unicodedata.normalize("NFC", word)
+        word = unicodedata.normalize("NFC", word)  # as the names of classes are in the file
         found = [label for label, name in enumerate(names) if name == word]
         found = found or [n for n, name in enumerate(names) if name.lower() == word.lower()]
         found = found or [label for label, name in enumerate(class_names) if name == word]

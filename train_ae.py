@@ -5,8 +5,8 @@
     python train_ae.py --model sdvae                            the demo with another autoencoder
     python train_ae.py --data DIR                               own images, the paper's settings
     torchrun --nproc_per_node=8 train_ae.py --model vmae --data imagenet/train
-    python train_ae.py --data DIR --resume                      the same command goes on
-    python train_ae.py --eval --ckpt A.pt B.pt --data VAL       judge autoencoders, a row each
+    python train_ae.py --data DIR --resume                      go on with that run
+    python train_ae.py --eval --ckpt A.pt B.pt --data VAL       judge autoencoders
 
 Training writes ckpt.pt, log.jsonl and recon.png (originals above reconstructions) into --out,
 --eval writes eval.json and a picture of each autoencoder. Which flags there are depends on the
@@ -60,8 +60,8 @@ from sample import generator, to_uint8
 # ---- Recipes: how each autoencoder is trained ----
 #
 # [S] supplement  [R] the authors' release  [V] VQGAN and latent diffusion  [O] our choice
-# What a recipe does not set keeps the default of the class in ae.py: sizes, weights of terms (for
-# VMAE those of MAE.__init__ and VMAE.weights).
+# What a recipe does not set, sizes of the network and weights of its terms, has the default of its
+# class in ae.py.
 
 CONV = dict(  # AE, DAE, VAE
     image_size=256,  # [O] pixels on a side
@@ -78,7 +78,6 @@ CONV = dict(  # AE, DAE, VAE
 )
 VIT = dict(  # VMAE; that MAE is trained in the same way is our choice
     image_size=128,  # [R] pixels on a side; --tune_decoder goes on at 256
-    mask_ratio=0.6,  # [S] share of the tokens that are masked; the release has 0.25
     # [R] The release goes on from checkpoint-90, which is written after 91 epochs. A comment there
     # speaks of 400, the name of a file of 200.
     epochs=91,
@@ -95,53 +94,46 @@ VIT = dict(  # VMAE; that MAE is trained in the same way is our choice
     # Beyond these the release trains in float16, has LPIPS in training mode, so that its dropout
     # acts, and judges smoothness with the latents' std over the training images.
 )
-RECIPES = {
-    "ae": CONV,
-    "dae": CONV,
-    "vae": CONV,
-    "sdvae": dict(
-        image_size=256,  # [O]
-        epochs=20,  # [O]
-        warmup=1,  # [O]
-        schedule="constant",  # [O]
-        decay_epochs=None,
-        batch=256,  # [S]
-        micro_batch=8,  # [O]
-        base_lr=1e-5,  # [S] a tenth of VA-VAE's
-        betas=[0.5, 0.9],  # [V]
-        weight_decay=0.0,  # [V]
-        disc_weight=0.5,  # [V] lambda_D of eq. 6, times the adaptive weight
-        # [V] first step with the adversarial term: latent diffusion's, the middle of our run.
-        # VA-VAE has 5,001, counted over both players' steps, without a warm-up and at ten times our
-        # rate; in our run that is the end of the warm-up.
-        disc_start=50_001,
-        disc_loss="hinge",  # [V] eq. 6 writes "vanilla"
-        ckpt_every=200,  # [O]
-    ),
-    "mae": VIT,
-    "vmae": VIT,
-    # VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction.
-    "tune": dict(
-        init="out/vmae/ckpt.pt",  # [R] the end of the first stage; a file of any step will do
-        out="out/vmae-tuned",
-        freeze_encoder=1,  # [O] the release's comment says so, its script trains the encoder too
-        image_size=256,  # [R]
-        mask_ratio=0.0,  # [R]
-        visible=1.0,  # [R] weight of the MSE
-        kl=0.0,  # [R] the decoder is tuned on the posterior's mean
-        lpips=10.0,  # [R]
-        epochs=10,  # [R]
-        warmup=0,  # [R]
-        schedule="cosine",  # [R]
-        decay_epochs=None,  # [R]
-        batch=2048,  # [R]
-        micro_batch=32,  # [O]
-        base_lr=1e-5,  # [R]
-        betas=[0.9, 0.95],  # [R]
-        weight_decay=0.05,  # [R]
-        ckpt_every=500,  # [O]
-    ),
-}
+SDVAE = dict(
+    image_size=256,  # [O]
+    epochs=20,  # [O]
+    warmup=1,  # [O]
+    schedule="constant",  # [O]
+    decay_epochs=None,
+    batch=256,  # [S]
+    micro_batch=8,  # [O]
+    base_lr=1e-5,  # [S] a tenth of VA-VAE's
+    betas=[0.5, 0.9],  # [V]
+    weight_decay=0.0,  # [V]
+    disc_weight=0.5,  # [V] lambda_D of eq. 6, times the adaptive weight
+    # [V] First step with the adversarial term: latent diffusion's, the middle of our run. VA-VAE's
+    # 5,001 counts the steps of both players and belongs to ten times our learning rate, without
+    # warm-up; here it would be the end of the warm-up.
+    disc_start=50_001,
+    disc_loss="hinge",  # [V] eq. 6 writes "vanilla"
+    ckpt_every=200,  # [O]
+)
+# VMAE's last stage, --tune_decoder: MSE + LPIPS of the posterior mean's reconstruction.
+TUNE = dict(
+    init="out/vmae/ckpt.pt",  # [R] the end of the first stage; a file of any step will do
+    out="out/vmae-tuned",
+    freeze_encoder=1,  # [O] the release's comment says so, its script trains the encoder too
+    image_size=256,  # [R]
+    mask_ratio=0.0,  # [R]
+    visible=1.0,  # [R] weight of the MSE
+    kl=0.0,  # [R] the decoder is tuned on the posterior's mean
+    lpips=10.0,  # [R]
+    epochs=10,  # [R]
+    warmup=0,  # [R]
+    schedule="cosine",  # [R]
+    decay_epochs=None,  # [R]
+    batch=2048,  # [R]
+    micro_batch=32,  # [O]
+    base_lr=1e-5,  # [R]
+    betas=[0.9, 0.95],  # [R]
+    weight_decay=0.05,  # [R]
+    ckpt_every=500,  # [O]
+)
 
 # What the demo changes, to take minutes on a laptop; all of it is our choice.
 DEMO_CONV = dict(
@@ -169,25 +161,28 @@ DEMO_VIT = dict(
     base_lr=16e-3,
     weight_decay=0.0,
 )
-DEMO = {
-    "ae": DEMO_CONV,
-    "dae": DEMO_CONV,
-    "vae": DEMO_CONV,
-    # The discriminator joins for the last fifth of the run: earlier, it undoes what so short a run
-    # has learned. What was tried is in tests/RESULTS.md.
-    "sdvae": DEMO_CONV | dict(base_lr=16e-3, betas=[0.5, 0.9], disc_start=451),
-    "mae": DEMO_VIT,
-    "vmae": DEMO_VIT,
-    "tune": dict(
-        init="out/demo/vmae/ckpt.pt",
-        out="out/demo/vmae-tuned",
-        image_size=32,
-        lpips=0.0,
-        epochs=5,
-        batch=32,
-        base_lr=16e-3,
-        weight_decay=0.0,
-    ),
+# The discriminator joins for the last fifth of the run: earlier, it undoes what so short a run has
+# learned. What was tried is in tests/RESULTS.md.
+DEMO_SDVAE = DEMO_CONV | dict(base_lr=16e-3, betas=[0.5, 0.9], disc_start=451)
+DEMO_TUNE = dict(
+    init="out/demo/vmae/ckpt.pt",
+    out="out/demo/vmae-tuned",
+    image_size=32,
+    lpips=0.0,
+    epochs=5,
+    batch=32,
+    base_lr=16e-3,
+    weight_decay=0.0,
+)
+
+RECIPES = {  # for each model its recipe, and what the demo changes
+    "ae": (CONV, DEMO_CONV),
+    "dae": (CONV, DEMO_CONV),
+    "vae": (CONV, DEMO_CONV),
+    "sdvae": (SDVAE, DEMO_SDVAE),
+    "mae": (VIT, DEMO_VIT),
+    "vmae": (VIT, DEMO_VIT),
+    "tune": (TUNE, DEMO_TUNE),
 }
 
 # Settings that fix the shapes of the weights, or their meaning. A checkpoint to start from or to go
@@ -202,80 +197,75 @@ SIZES = (
 
 
 def parse_args():
-    """The settings: flags; where they are not given, the sizes that a checkpoint brings; else the
-    demo's, the recipe's, the class's."""
+    """The settings: what the flags say, else the demo, the recipe, the class, in this order.
+
+    A checkpoint to start from or to go on with brings the network's sizes; flags that contradict
+    them are refused.
+    """
     # Some flags choose the defaults of others, so the command line is read twice.
-    words = new_parser(add_help=False)
-    add = words.add_argument
+    first = new_parser(add_help=False)
+    add = first.add_argument
     add("--model", choices=list(ae.MODELS), default="vmae", help="which autoencoder")
     add("--tune_decoder", action="store_true", help="VMAE's last stage, of the network in --init")
     add("--eval", action="store_true", help="judge autoencoders, see --eval --help")
-    add_run_flags(words)
-    chosen, rest = words.parse_known_args()
+    add_run_flags(first)
+    chosen, rest = first.parse_known_args()
     if chosen.eval:
         return parse_eval_args()
     if chosen.tune_decoder and chosen.model != "vmae":
-        words.error("--tune_decoder is VMAE's last stage: it goes with --model vmae")
+        first.error("--tune_decoder is VMAE's last stage: it goes with --model vmae")
 
     # One dict of defaults.
-    name = "tune" if chosen.tune_decoder else chosen.model
-    settings = ae.settings_of(ae.MODELS[chosen.model]) | RECIPES[name]
-    settings = {"out": os.path.join("out", chosen.model)} | settings
+    settings = ae.settings_of(ae.MODELS[chosen.model])
+    recipe, demo = RECIPES["tune" if chosen.tune_decoder else chosen.model]
+    settings |= {"out": os.path.join("out", chosen.model)} | recipe
     if chosen.data is None:
-        settings["out"] = os.path.join("out/demo", chosen.model)
-        settings |= DEMO[name]
+        settings |= {"out": os.path.join("out/demo", chosen.model)} | demo
     source, sizes = source_of_sizes(chosen, settings, rest), {}
     if source:
         start = load_start(source, chosen)
         sizes = ae.settings_of(type(start)) | start.args
         sizes = {name: sizes[name] for name in SIZES if name in sizes and name in settings}
 
-    parser = new_parser(__doc__, parents=[words])
+    parser = new_parser(__doc__, parents=[first])
     length = parser.add_mutually_exclusive_group().add_argument
     length("--epochs", type=number(float, 1e-9), help="length of the run")
     length("--steps", type=number(int, 1), help="the same in optimiser steps")
 
-    def add(flag, **options):
+    def setting(flag, **options):
         """Add a flag, if the model has the setting."""
         if flag.removeprefix("--") in settings:
             parser.add_argument(flag, **options)
 
     # the model
-    add("--image_size", type=number(int, 16), help="pixels on a side")
-    add("--latent_dim", type=number(int, 1), help="channels of the latent")
-    add("--channels", type=number(int, 1), nargs="+", help="widths of the levels")
-    add("--quant_conv", **SWITCH, help="1: the 1x1 convolutions of Stable Diffusion 1 and XL")
-    add("--patch_size", type=number(int, 1), help="pixels on a side of a token")
-    add("--hidden_size", type=number(int, 1), help="width of the ViT")
-    add("--depth", type=number(int, 1), help="encoder blocks")
-    add("--decoder_depth", type=number(int, 1), help="decoder blocks")
-    add("--num_heads", type=number(int, 1), help="attention heads")
+    setting("--image_size", type=number(int, 16), help="pixels on a side")
+    setting("--latent_dim", type=number(int, 1), help="channels of the latent")
+    setting("--channels", type=number(int, 1), nargs="+", help="widths of the levels")
+    setting("--quant_conv", **SWITCH, help="1: the 1x1 convolutions of Stable Diffusion 1 and XL")
+    setting("--patch_size", type=number(int, 1), help="pixels on a side of a token")
+    setting("--hidden_size", type=number(int, 1), help="width of the ViT")
+    setting("--depth", type=number(int, 1), help="encoder blocks")
+    setting("--decoder_depth", type=number(int, 1), help="decoder blocks")
+    setting("--num_heads", type=number(int, 1), help="attention heads")
     # the objective
-    add("--freeze_encoder", **SWITCH, help="0: train the encoder too")
-    add("--mask_ratio", type=number(float, 0, 1), help="share of the tokens that are masked")
-    add("--recon", choices=("mse", "l1"), help="reconstruction term: eq. 3's or VQGAN's")
-    add("--noise_std", type=number(float, 0), help="std of the corruption, eq. 4")
-    add("--visible", type=number(float, 0), help="weight of the visible patches' MSE")
-    add("--masked", type=number(float, 0), help="weight of the masked patches' MSE")
-    add("--kl", type=number(float, 0), help="weight of the KL")
-    add(
-        "--prior_std",
-        type=number(float, 1e-9),
-        help="std that the KL pulls towards (release: 1e-3)",
-    )
-    add("--lpips", type=number(float, 0), help="weight of LPIPS; above 0 it needs VGG16")
-    add("--disc_weight", type=number(float, 0), help="lambda_D, times the adaptive weight")
-    add("--disc_start", type=number(int, 1), help="first step with the adversarial term")
-    add("--disc_loss", choices=("hinge", "vanilla"), help="D's loss: VQGAN's or eq. 6's")
+    setting("--freeze_encoder", **SWITCH, help="0: train the encoder too")
+    setting("--mask_ratio", type=number(float, 0, 1), help="share of the tokens that are masked")
+    setting("--recon", choices=("mse", "l1"), help="reconstruction term: eq. 3's or VQGAN's")
+    setting("--noise_std", type=number(float, 0), help="std of the corruption, eq. 4")
+    setting("--visible", type=number(float, 0), help="weight of the visible patches' MSE")
+    setting("--masked", type=number(float, 0), help="weight of the masked patches' MSE")
+    setting("--kl", type=number(float, 0), help="weight of the KL")
+    setting("--prior_std", type=number(float, 1e-9), help="std that the KL pulls towards")
+    setting("--lpips", type=number(float, 0), help="weight of LPIPS; above 0 it needs VGG16")
+    setting("--disc_weight", type=number(float, 0), help="lambda_D, times the adaptive weight")
+    setting("--disc_start", type=number(int, 1), help="first step with the adversarial term")
+    setting("--disc_loss", choices=("hinge", "vanilla"), help="D's loss: VQGAN's or eq. 6's")
     # the optimiser
-    add("--warmup", type=number(float, 0), help="epochs in which the learning rate rises from 0")
-    add(
-        "--decay_epochs",
-        type=number(float, 1e-9),
-        help="at which the cosine reaches 0; at least the run's",
-    )
-    add("--base_lr", type=number(float, 0), help="learning rate at batch 256")
-    add("--weight_decay", type=number(float, 0), help="AdamW, of all but biases and norms")
+    setting("--warmup", type=number(float, 0), help="epochs of a learning rate that rises from 0")
+    ends = "epochs until the cosine reaches 0, at least the run's; None: the run's"
+    setting("--decay_epochs", type=number(float, 1e-9), help=ends)
+    setting("--base_lr", type=number(float, 0), help="learning rate at batch 256")
+    setting("--weight_decay", type=number(float, 0), help="AdamW, of all but biases and norms")
     args = parse_flags(parser, settings, sizes, source)
     if args.tune_decoder:
         # A DiT on the tuned autoencoder goes on drawing from the first stage's posterior.
@@ -312,19 +302,20 @@ def main():
 
 
 def train(args):
-    """Train an autoencoder: anew, from the weights in --init, or on from --out's checkpoint."""
+    """Train an autoencoder: from scratch, from the weights in --init, or, with --resume, from the
+    checkpoint in --out."""
     # The processes, the images, the checkpoint to go on from, what follows from other settings.
     rank, world, device = fid.join_processes(args.device)
     images = Images(args.data)
     ckpt = open_run(args)
-    resolve(args, device)
+    steps_per_epoch = len(images) / args.batch
     if args.steps is None:
-        args.steps = max(1, round(args.epochs * len(images) / args.batch))
-    args.epochs = round(args.steps * args.batch / len(images), 3)
+        args.steps = max(1, round(args.epochs * steps_per_epoch))
+    args.epochs = round(args.steps / steps_per_epoch, 3)
     if args.micro_batch is None:
         # The memory of a micro-batch grows with its pixels.
         args.micro_batch = max(1, int(256 * min(1, 128 / args.image_size) ** 2))
-    slices = cut_batch(args)
+    resolve(args, device)
     first_step = check_run(args, images, ckpt)
     picture = os.path.join(args.out, "recon.png")
     if first_step > args.steps:
@@ -335,8 +326,8 @@ def train(args):
 
     # The learning rate: its highest value, and the steps at which it reaches that and 0.
     peak_lr = args.base_lr * args.batch / 256
-    warmup_steps = args.warmup * len(images) / args.batch
-    decay_steps = max(args.steps, (args.decay_epochs or 0) * len(images) / args.batch)
+    warmup_steps = args.warmup * steps_per_epoch
+    decay_steps = max(args.steps, (args.decay_epochs or 0) * steps_per_epoch)
 
     # The network, and the discriminator of eq. 6.
     torch.manual_seed(sample.seed_of(sample.NETWORK, args.seed))  # the same in every process
@@ -359,7 +350,6 @@ def train(args):
     del ckpt
     describe(args, images, net, peak_lr, warmup_steps)
     preview = preview_images(args, images, device) if rank == 0 else None
-    writer = tensorboard(args, first_step)
 
     # LPIPS, if it is a term; the network as it is trained.
     perceptual = perceptual_loss(device) if vars(args).get("lpips") else None
@@ -373,13 +363,11 @@ def train(args):
     transform = functools.partial(augment, args.image_size, args.seed)
     if images.digits:
         transform = functools.partial(crop_and_flip, args.image_size)
+    slices = cut_batch(args)
     order = training_order(args, images, slices, first_step)
     batches = load_batches(Batches(images, transform), order, args.workers, device)
 
-    history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
-    skipped_in_row = torch.zeros((), device=device)
-    since = time.time(), first_step - 1  # the clock for images/s: its start, and after which step
-
+    log = Log(args, first_step)
     for step in range(first_step, args.steps + 1):
         # Masks and noise are drawn for the global batch, and each micro-batch takes its rows: more
         # processes or smaller micro-batches change the speed, not the run. SD-VAE is the exception:
@@ -408,8 +396,7 @@ def train(args):
 
             # One pass for both players: each one's loss has no gradient for the other's weights.
             ((loss + loss_d) / len(slices)).backward()
-            for name, value in (terms | {"loss": loss.detach()}).items():
-                history[name].append(value)
+            log.add(**terms, loss=loss.detach())
 
         # The optimiser step. A loss that is not finite, in any process, makes the norm of the
         # averaged gradients not finite in all: the step then changes nothing.
@@ -426,14 +413,11 @@ def train(args):
         update(optimizer, lr, skip)
         if with_disc:
             update(disc_optimizer, lr, skip)
-        skipped_in_row = (skipped_in_row + 1) * skip
-        history["grad_norm"].append(norm)
-        history["skipped"].append(skip)
+        log.add(grad_norm=norm, skipped=skip)
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
-            log(args, step, history, lr, skipped_in_row, since, writer)
-            history, since = defaultdict(list), (time.time(), step)
+            log.write(step, lr)
 
         # Pictures and a checkpoint, every --ckpt_every or --keep_every steps and at the end.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
@@ -443,9 +427,9 @@ def train(args):
                 states["disc"] = disc.state_dict()
                 states["disc_optimizer"] = disc_optimizer.state_dict()
             save_reconstructions(args, net, preview, picture)
-            show(writer, picture, step)
+            log.show(picture, step)
             save(args, step, images, numbered, states)
-            since = time.time(), step  # images/s are those of training alone
+            log.restart_clock(step)  # images/s are those of training alone
 
     if rank == 0:
         print(f"finished: see {args.out}/ckpt.pt and {picture}")
@@ -462,7 +446,8 @@ def build(args, start_anew=True):
             state = ae.resize_positions(state, net.grid)
         net.load_state_dict(state)
     if args.tune_decoder:
-        net.mask_token.requires_grad_(False)  # this stage is meant to be without masks
+        # Unused at mask ratio 0, where weight decay would only shrink it.
+        net.mask_token.requires_grad_(False)
         if args.freeze_encoder:
             for name in net.encoder_state():
                 net.get_parameter(name).requires_grad_(False)
@@ -503,7 +488,7 @@ def preview_images(args, images, device):
 def save_reconstructions(args, net, x, path):
     """recon.png: originals, reconstructions; with masking also what the encoder sees in training
     and what the decoder makes of it."""
-    # A copy is not compiled: for a batch of another size, SD-VAE's parts would be once more.
+    # A copy is not compiled. The original would compile SD-VAE's parts again, for this batch size.
     net = copy.deepcopy(net)
     pictures = {"original": x, "reconstruction": net.decode(net.encode(x).mode())}
     if net.vit and args.mask_ratio > 0:
@@ -538,7 +523,11 @@ def add_common_flags(parser):
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random")
     add("--device", type=text, help="cpu, cuda, cuda:1, ...; None: cuda if there is one")
     add("--workers", type=number(int, 0), help="loader processes per rank; None: by the CPUs")
-    add("--micro_batch", type=number(int, 1), help="images per process at once, at most")
+    add(
+        "--micro_batch",
+        type=number(int, 1),
+        help="images per process at once, at most; None: by their size",
+    )
 
 
 def add_run_flags(parser):
@@ -610,7 +599,7 @@ def open_run(args):
     ckpt = ae.read_checkpoint(path)
     if not {"model", "optimizer", "step", "args", "images"} <= ckpt.keys():
         raise UserError(f"{path} is no checkpoint of a run, which --resume could go on with")
-    # Files that the run no longer needs, and what it made of --ema, stay as they were.
+    # Files that the run began with, which are not read again, and the --ema that it chose.
     for name in ("ae", "init", "stats", "ema"):
         if name in ckpt["args"] and name in args and (name != "ema" or args.ema is None):
             setattr(args, name, ckpt["args"][name])
@@ -643,7 +632,7 @@ def claim_out(args):
 
 
 def resolve(args, device):
-    """Settle, in place, what follows from the device where the flags do not say it."""
+    """Settle, in place, the settings that follow from the device and the number of processes."""
     on_gpu = device != "cpu"
     args.device = "cuda" if on_gpu else "cpu"
     if args.dtype is None:
@@ -656,17 +645,19 @@ def resolve(args, device):
         args.workers = default_workers(args.data)
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
-
-
-def cut_batch(args):
-    """This process's share of every global batch, as slices of it, one per micro-batch. These are
-    equal: --micro_batch becomes the largest part of the share that is not above it."""
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     if args.batch % world:
         raise UserError(f"--batch {args.batch} does not divide over {world} processes")
+    # --micro_batch is lowered to a divisor of each process's share of the batch.
     share = args.batch // world
     most = min(args.micro_batch, share)
     args.micro_batch = max(m for m in range(1, most + 1) if share % m == 0)
+
+
+def cut_batch(args):
+    """This process's share of every global batch, as slices of it, one per micro-batch."""
+    rank, world = rank_and_world()
+    share = args.batch // world
     starts = range(rank * share, (rank + 1) * share, args.micro_batch)
     return [slice(start, start + args.micro_batch) for start in starts]
 
@@ -772,22 +763,6 @@ def describe(args, images, net, peak_lr, warmup_steps=0):
     )
 
 
-def tensorboard(args, first_step):
-    """TensorBoard's writer, in the first process of a run with --tensorboard, else None."""
-    if not args.tensorboard or rank_and_world()[0] > 0:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=first_step)
-
-
-def show(writer, picture, step):
-    """Give a picture that has been saved to TensorBoard's writer, if there is one."""
-    if writer:
-        pixels = np.asarray(Image.open(picture))
-        writer.add_image(os.path.basename(picture), pixels, step, dataformats="HWC")
-
-
 # ---- A step ----
 
 
@@ -834,50 +809,88 @@ def update(optimizer, lr, skip):
 # ---- Log and checkpoint ----
 
 
-def log(args, step, history, lr, skipped_in_row, since, writer):
-    """A line on the screen and in log.jsonl: the mean of each term's finite values, over processes,
-    too. Raises UserError after 20 skipped steps in a row.
+class Log:
+    """The lines of a run on the screen, in log.jsonl and, with --tensorboard, for TensorBoard.
 
-    history: lists of numbers on the device, by name, the same names in each process; "skipped" is a
-    share of the steps. since: when the clock was started, and after which step.
+    A line has the mean of each number that was added since the last line: over steps, micro-batches
+    and processes, without values that are not finite. All processes must add the same names.
     """
-    rank, world = rank_and_world()
-    sums = []
-    for numbers in map(torch.stack, history.values()):
-        finite = numbers.isfinite()
-        sums.append(torch.stack([numbers.where(finite, 0).double().sum(), finite.double().sum()]))
-    sums = torch.stack(sums)  # (terms, 2): the sum and the number of the finite values
-    if world > 1:
-        dist.all_reduce(sums)
-    means = (sums[:, 0] / sums[:, 1]).tolist()  # waits for the device
-    since_time, since_step = since
-    images_per_s = (step - since_step) * args.batch / (time.time() - since_time)
-    line = dict(zip(history, means, strict=True)) | {"lr": lr}
-    if args.device == "cuda":
-        line["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    if rank == 0:
-        left = int((args.steps - step) * args.batch / images_per_s)
-        print(
-            f"step {step}/{args.steps}",
-            *(f"{name} {value:.4g}" for name, value in line.items()),
-            f"{images_per_s:.0f} images/s",
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
-            sep="  ",
-            flush=True,
-        )
-        if writer:
-            for name, value in (line | {"images_per_s": images_per_s}).items():
-                writer.add_scalar(name, value, step)
-        # JSON has no NaN, the mean of no finite values.
-        line = {name: None if math.isnan(value) else value for name, value in line.items()}
-        line = {"step": step, **line, "images_per_s": images_per_s, "seconds_left": left}
-        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(line) + "\n")
-    if skipped_in_row >= 20:
-        raise UserError(
-            "20 steps in a row had a loss or a gradient that is not finite and were skipped: go on "
-            "from the last checkpoint with --resume and a smaller learning rate, or --grad_clip 1"
-        )
+
+    def __init__(self, args, first_step):
+        self.args = args
+        self.numbers = defaultdict(list)  # on the device, by name
+        self.skipped_in_row = 0  # steps up to the last line
+        self.writer = None
+        if args.tensorboard and rank_and_world()[0] == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = os.path.join(args.out, "tensorboard")
+            self.writer = SummaryWriter(folder, purge_step=first_step)
+        self.restart_clock(first_step - 1)
+
+    def restart_clock(self, step):
+        """Count images per second from now on, after this step."""
+        self.since_time, self.since_step = time.time(), step
+
+    def add(self, **numbers):
+        """Numbers on the device for the next line; "skipped" is 1 for a step that was skipped."""
+        for name, value in numbers.items():
+            self.numbers[name].append(value)
+
+    def write(self, step, lr):
+        """Write a line; waits for the device. Raises UserError if the last 20 steps, or more, were
+        all skipped."""
+        args, (rank, world) = self.args, rank_and_world()
+        sums = []
+        for numbers in map(torch.stack, self.numbers.values()):
+            finite = numbers.isfinite()
+            total = numbers.where(finite, 0).double().sum()
+            sums.append(torch.stack([total, finite.double().sum()]))
+        sums = torch.stack(sums)  # (names, 2): the sum and the number of the finite values
+        if world > 1:
+            dist.all_reduce(sums)
+        means = (sums[:, 0] / sums[:, 1]).tolist()  # waits for the device
+        images_per_s = (step - self.since_step) * args.batch / (time.time() - self.since_time)
+        line = dict(zip(self.numbers, means, strict=True)) | {"lr": lr}
+        if args.device == "cuda":
+            line["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        if rank == 0:
+            left = int((args.steps - step) * args.batch / images_per_s)
+            print(
+                f"step {step}/{args.steps}",
+                *(f"{name} {value:.4g}" for name, value in line.items()),
+                f"{images_per_s:.0f} images/s",
+                f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+                sep="  ",
+                flush=True,
+            )
+            if self.writer:
+                for name, value in (line | {"images_per_s": images_per_s}).items():
+                    self.writer.add_scalar(name, value, step)
+            # JSON has no NaN, the mean of no finite values.
+            line = {name: None if math.isnan(value) else value for name, value in line.items()}
+            line = {"step": step, **line, "images_per_s": images_per_s, "seconds_left": left}
+            with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+        # The ones at the end of the list are skipped steps in a row.
+        skipped = self.numbers["skipped"]
+        at_end = int(torch.stack(skipped).flip(0).cumprod(0).sum())
+        self.skipped_in_row = at_end + (self.skipped_in_row if at_end == len(skipped) else 0)
+        if self.skipped_in_row >= 20:
+            raise UserError(
+                "20 steps in a row had a loss or a gradient that is not finite and were skipped: "
+                "go on from the last checkpoint with --resume and a smaller learning rate, or "
+                "--grad_clip 1"
+            )
+        self.numbers.clear()
+        self.restart_clock(step)
+
+    def show(self, picture, step):
+        """Give a picture that has been saved to TensorBoard."""
+        if self.writer:
+            pixels = np.asarray(Image.open(picture))
+            self.writer.add_image(os.path.basename(picture), pixels, step, dataformats="HWC")
 
 
 def save(args, step, images, numbered, content):
@@ -894,8 +907,8 @@ def save(args, step, images, numbered, content):
 
 
 class Images:
-    """RGB images by index, with .labels (N,) and .classes, their names: the demo's digits, or the
-    files of a folder (fid.list_images).
+    """RGB images by index, with .labels (N,) and .classes, their names: the demo's digits, those of
+    training or the `held_out` ones, or the files of a folder (fid.list_images).
 
     Each sub-folder is a class, with all that lies deeper in it; a flat folder is one class, "".
     Raises OSError or UserError for a folder that is missing, empty, or of images beside
@@ -1288,7 +1301,7 @@ def save_perturbed(args, net, std, images, crop, path):
 
 def cost(net, x):
     """Parameters, their size, FLOPs and speed of encoding and decoding x (B, 3, S, S)."""
-    start = time.time()  # save_perturbed has just run both networks
+    start = time.time()  # without a warm-up: save_perturbed has just run both networks
     for _ in tqdm(range(3), "speed", unit="round", disable=rank_and_world()[0] > 0):
         z = net.encode(x).mode()
         net.decode(z).sum().item()  # waits for the device

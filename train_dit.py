@@ -3,7 +3,7 @@
     python train_dit.py                                    the demo: digits, its VMAE's latents
     python train_dit.py --data DIR --ae vmae.pth           own images, the paper's settings
     torchrun --nproc_per_node=8 train_dit.py --data imagenet/train --ae vmae.pth --cache latents
-    python train_dit.py --data DIR --ae vmae.pth --resume  the same command goes on
+    python train_dit.py --data DIR --ae vmae.pth --resume  go on with that run
     python train_dit.py --data DIR --init dit.pt           fine-tune a trained DiT
 
 Writes ckpt.pt, which holds all that sample.py needs, log.jsonl and samples.png into --out.
@@ -13,9 +13,6 @@ import copy
 import functools
 import hashlib
 import os
-import time
-import unicodedata
-from collections import defaultdict
 
 import numpy as np
 import torch
@@ -82,12 +79,13 @@ DEMO_SAMPLING = dit.SAMPLING | dict(cfg_scale=1.75, cfg_channels=16)
 
 
 def parse_args():
-    """The settings: flags; where they are not given, the sizes that a checkpoint brings; else the
-    demo's, the recipe's."""
+    """The settings: what the flags say, else the demo, the recipe, in this order. A checkpoint to
+    start from or to go on with brings the network's sizes; flags that contradict them are refused.
+    """
     # Some flags choose the defaults of others, so the command line is read twice.
-    words = new_parser(add_help=False)
-    train_ae.add_run_flags(words)
-    chosen, rest = words.parse_known_args()
+    first = new_parser(add_help=False)
+    train_ae.add_run_flags(first)
+    chosen, rest = first.parse_known_args()
     settings = RECIPE | DEMO if chosen.data is None else RECIPE
     source, sizes = train_ae.source_of_sizes(chosen, settings, rest), {}
     if source:
@@ -96,7 +94,7 @@ def parse_args():
         if isinstance(args, dict):
             sizes = {k: args[k] for k in ("model", "qk_norm", "image_size") if k in args}
 
-    parser = new_parser(__doc__, parents=[words])
+    parser = new_parser(__doc__, parents=[first])
     add = parser.add_argument
     add("--ae", type=text, help="the autoencoder's checkpoint; None: --init's, or VMAE's in out")
     add("--stats", type=text, help="file of the latents' mean, std; None: --init's, or computed")
@@ -138,20 +136,21 @@ def train(args):
     if ckpt and "autoencoder" not in ckpt:
         raise UserError(f"{args.out}/ckpt.pt is no checkpoint of a DiT's run")
     train_ae.resolve(args, device)
-    slices = train_ae.cut_batch(args)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.ema is None:
         # [R] 0.9999 from 60,000 steps on. A shorter run gets a smaller decay, so that its initial
         # weights, too, have faded to a share of e^-6 at its end.
         args.ema = max(0.0, min(0.9999, 1 - 6 / args.steps))
 
-    # The autoencoder, which a checkpoint carries, as do most files for --init.
-    start, info = None, ckpt or {}
-    if args.init and not ckpt:
-        start, info = dit.load(args.init)
+    # What the run begins with: the autoencoder; the DiT to start from, if any; and info, which may
+    # have the statistics of the latents.
+    start, info, stats = None, {}, args.stats
     if ckpt:
+        info, stats = ckpt, None
         autoencoder = ae.from_checkpoint(ckpt["autoencoder"])
     else:
+        if args.init:
+            start, info = dit.load(args.init)
         if "autoencoder" not in info and args.ae is None:
             args.ae = tuned_vmae(args.data)
         autoencoder = sample.load_autoencoder(info, args.init, args.ae)
@@ -187,24 +186,6 @@ def train(args):
         optimizer.load_state_dict(ckpt["optimizer"])
     train_ae.describe(args, images, net, args.lr)
 
-    # The settings of sampling: the recipe's, or those of the run that goes on.
-    sampling = dit.SAMPLING if args.data else DEMO_SAMPLING
-    sampling = dit.sampling_of(ckpt or {"sampling": sampling})
-    sampling["steps"] = args.sample_steps
-    if net.class_dropout_prob == 0:  # there is no null class
-        sampling["cfg_scale"] = 1.0
-
-    def save_samples():
-        """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
-        parts = ema, autoencoder, latent_mean, latent_std
-        generate = functools.partial(sample.generate, *parts, seed=args.seed, **sampling)
-        classes = sample.spread(num_classes)
-        captions = [images.classes[label] for label in classes]
-        at_once = max(1, args.micro_batch // 2)  # guidance doubles the batch
-        sample.write_grid(picture, generate, classes, captions, 8, at_once)
-
-    writer = train_ae.tensorboard(args, first_step)
-
     # Moments of posteriors come from the cache, or from images that are encoded on the fly.
     crop = functools.partial(train_ae.crop_and_flip, args.image_size)
     dataset = train_ae.Batches(images, crop)
@@ -218,14 +199,27 @@ def train(args):
             yield x.float() if args.cache else encode(autoencoder, x), labels
 
     # The statistics that normalise the latents.
-    if "latent_mean" in info or args.stats:
-        stats = None if ckpt else args.stats
+    if "latent_mean" in info or stats:
         latent_mean, latent_std = sample.load_statistics(info, args.init, stats)
     else:
         latent_mean, latent_std = latent_statistics(args, images, load_moments, autoencoder)
     sample.check_latents(net, autoencoder, latent_mean, latent_std)
     latent_mean, latent_std = latent_mean.to(device), latent_std.to(device)
+
+    # The settings of sampling: the recipe's, or those of the run that goes on.
+    recipe = dit.SAMPLING if args.data else DEMO_SAMPLING
+    sampling = dit.sampling_of(ckpt or {"sampling": recipe}, net)
+    sampling["steps"] = args.sample_steps
     del ckpt, start, info
+
+    def save_samples():
+        """samples.png: a row for each of (at most) ten classes, drawn with the EMA weights."""
+        parts = ema, autoencoder, latent_mean, latent_std
+        generate = functools.partial(sample.generate, *parts, seed=args.seed, **sampling)
+        classes = sample.spread(num_classes)
+        captions = [images.classes[label] for label in classes]
+        at_once = max(1, args.micro_batch // 2)  # guidance doubles the batch
+        sample.write_grid(picture, generate, classes, captions, 8, at_once)
 
     if args.compile:
         train_ae.compile_for_training(net)
@@ -233,11 +227,9 @@ def train(args):
     if world > 1:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
+    slices = train_ae.cut_batch(args)
     batches = load_moments(train_ae.training_order(args, images, slices, first_step))
-    history = defaultdict(list)  # what the next log line averages: numbers on the device, by name
-    skipped_in_row = torch.zeros((), device=device)
-    since = time.time(), first_step - 1  # the clock for images/s: its start, and after which step
-
+    log = train_ae.Log(args, first_step)
     for step in range(first_step, args.steps + 1):
         # Noises, times and dropped labels are drawn for the global batch, by (seed, step), and each
         # micro-batch takes its rows: more processes or smaller micro-batches change the speed, not
@@ -260,7 +252,7 @@ def train(args):
             with autocast:
                 loss = dit.flow_loss(model, x1, y, noise[rows], t[rows], args.cosine_loss)
             (loss / len(slices)).backward()
-            history["loss"].append(loss.detach())
+            log.add(loss=loss.detach())
 
         # The optimiser step and the average of the weights. A loss that is not finite, in any
         # process, makes the norm of the averaged gradients not finite: the step changes nothing.
@@ -269,27 +261,24 @@ def train(args):
         skip = 1 - norm.isfinite().float()
         train_ae.update(optimizer, lr, skip)
         update_ema(ema, net, (1 - skip) * (1 - args.ema))
-        skipped_in_row = (skipped_in_row + 1) * skip
-        history["grad_norm"].append(norm)
-        history["skipped"].append(skip)
+        log.add(grad_norm=norm, skipped=skip)
 
         # A log line, every --log_every steps; it waits for the device.
         if step in (1, args.steps) or step % args.log_every == 0:
-            train_ae.log(args, step, history, lr, skipped_in_row, since, writer)
-            history, since = defaultdict(list), (time.time(), step)
+            log.write(step, lr)
 
         # A checkpoint, every --ckpt_every steps; before those that stay and the last, pictures.
         numbered = bool(args.keep_every) and step % args.keep_every == 0
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
             if numbered or step == args.steps:
                 save_samples()
-                train_ae.show(writer, picture, step)
+                log.show(picture, step)
             ckpt = {
                 # For --resume:
                 "model": net.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                # For sample.py and --init, which read them with dit.load; all but the names for
-                # --resume, too:
+                # For sample.py and --init, which read them with dit.load, and for --resume; but the
+                # names are not for --resume, the settings of sampling not for --init:
                 "class_names": images.classes,
                 "ema": ema.state_dict(),
                 "latent_mean": latent_mean.flatten(),
@@ -300,7 +289,7 @@ def train(args):
             # save adds "step" and the fingerprint of the images, for --resume, and "args": --resume
             # compares them, and --init finds the network's sizes there.
             train_ae.save(args, step, images, numbered, ckpt)
-            since = time.time(), step  # images/s are those of training alone
+            log.restart_clock(step)  # images/s are those of training alone
 
     if rank == 0:
         print(f"finished: see {args.out}/ckpt.pt and {picture}")
@@ -334,7 +323,7 @@ def start_from(net, start, info, path, classes):
     old, new_table = start.state_dict(), net.state_dict()[table]
     old_table = old.pop(table)
     by = "name"
-    names = [unicodedata.normalize("NFC", name) for name in info.get("class_names", [])]
+    names = info.get("class_names", [])
     if not names and start.num_classes == net.num_classes:  # LightningDiT's file has no names
         by, names = "number", classes
     rows = {name: row for row, name in enumerate(names)}
@@ -387,7 +376,7 @@ def latent_statistics(args, images, load_moments, autoencoder):
     bar = tqdm(mine, "latent statistics", unit="batch", disable=rank > 0)
     for k, (moments, _) in zip(bar, load_moments(keys), strict=True):
         posterior = ae.Posterior(moments, autoencoder.deterministic)
-        rng = generator(device, sample.STATISTICS, args.seed, 1, k)
+        rng = generator(device, sample.STATISTICS, args.seed, 1, k)  # 1: not the key above
         noise = torch.randn(posterior.mean.shape, generator=rng, device=device)
         statistics.update(posterior.sample(noise).transpose(0, 1).flatten(1).T)  # (B * h * w, C)
     mean, covariance = statistics.finish()

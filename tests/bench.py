@@ -413,7 +413,7 @@ def paper_recipe(name):
     gradients that accumulate, of the pictures at the end.
     """
     model = RECIPES[name]
-    trainer, recipe = train_ae, train_ae.RECIPES.get(model)
+    trainer, (recipe, _) = train_ae, train_ae.RECIPES.get(model, (None, None))
     flags = ["--model", model]
     if model == "sdvae":
         flags += ["--disc_start", "1"]

@@ -178,7 +178,7 @@ def compare(args, budget):
 
 def recipes(budget):
     """All that decides the results; those in --out must have been made with the same."""
-    autoencoders = {name: train_ae.RECIPES[name] | demo for name, demo in train_ae.DEMO.items()}
+    autoencoders = {name: recipe | demo for name, (recipe, demo) in train_ae.RECIPES.items()}
     dit = train_dit.RECIPE | train_dit.DEMO | {"sampling": train_dit.DEMO_SAMPLING}
     # As it is after reading
     return json.loads(json.dumps(budget | {"autoencoders": autoencoders, "dit": dit}))
@@ -305,7 +305,7 @@ def run_piece(piece, out, budget):
 def train_autoencoder(piece, folder, budget):
     """Train an autoencoder and, of a VMAE, tune its decoder; returns the checkpoint's path."""
     model, (steps, tuning), factor = piece["model"], piece["steps"], piece["rate"]
-    recipe = train_ae.DEMO[model]
+    _, recipe = train_ae.RECIPES[model]
     warmup = budget["warmup"] * steps * recipe["batch"] / len(train_ae.Images())  # in epochs
     sizes = budget["flags"].get(model, "").split()
     flags = ["--model", model, *sizes, *piece["flags"].split(), "--seed", piece["seed"]]
@@ -315,7 +315,7 @@ def train_autoencoder(piece, folder, budget):
         flags += ["--disc_weight", budget["disc_weight"]]
     path = train(train_ae, folder / "ae", flags)
     if tuning:
-        rate = factor * train_ae.DEMO["tune"]["base_lr"]
+        rate = factor * train_ae.DEMO_TUNE["base_lr"]
         flags = ["--tune_decoder", "--init", path, "--seed", piece["seed"]]
         flags += ["--steps", tuning, "--base_lr", rate]
         path = train(train_ae, folder / "tuned", flags)

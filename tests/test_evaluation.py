@@ -566,7 +566,7 @@ def test_init_brings_its_sizes_and_refuses_others_by_name(tmp_path, tiny_vmae):
 def test_tuning_the_decoder_minimises_mse_plus_ten_lpips_of_the_posterior_mean():
     torch.manual_seed(0)
     sizes = {"image_size": 32, "hidden_size": 48, "depth": 1, "decoder_depth": 1, "init": None}
-    recipe = train_ae.RECIPES["tune"] | {"model": "vmae", "tune_decoder": True}
+    recipe = train_ae.TUNE | {"model": "vmae", "tune_decoder": True}
     model = train_ae.build(argparse.Namespace(**(recipe | sizes)))
     x = normal(0, 2, 3, 32, 32)
     loss, _, x_hat = model(x, perceptual=lambda a, b: (a - b).abs().mean())

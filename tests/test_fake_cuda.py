@@ -171,7 +171,7 @@ def test_the_discriminator_stays_on_cuda():
 
 def test_tuning_the_decoder_stays_on_the_device():
     for device in (CUDA, "meta"):
-        recipe = train_ae.RECIPES["tune"] | VIT | {"init": None}
+        recipe = train_ae.TUNE | VIT | {"init": None}
         args = argparse.Namespace(model="vmae", tune_decoder=True, **recipe)
         net = made(device, train_ae.build, args)
         assert net.deterministic and not net.blocks[0].attn["qkv"].weight.requires_grad
@@ -216,18 +216,19 @@ def batches(dataset, keys, workers, device):
 
 @pytest.mark.parametrize("name", ["vmae", "sdvae"])
 def test_only_a_step_that_is_logged_waits_for_the_device(name, tmp_path, monkeypatch):
-    build, discriminator, log = train_ae.build, ae.Discriminator, train_ae.log
+    build, discriminator, write = train_ae.build, ae.Discriminator, train_ae.Log.write
     logged = []
 
-    def wait(args, step, history, lr, skipped_in_row, *rest):
-        logged.append((step, history))
-        assert {"loss", "grad_norm", "skipped"} < history.keys()
-        all_on("meta", skipped_in_row, *(value for row in history.values() for value in row))
+    def wait(log, step, lr):
+        logged.append((step, dict(log.numbers)))
+        assert {"loss", "grad_norm", "skipped"} < log.numbers.keys()
+        all_on("meta", *(value for values in log.numbers.values() for value in values))
         # PyTorch 2.4 says it in other words
         with pytest.raises((*WAITS, AttributeError), match="nonzero|_local_scalar_dense|unbacked"):
-            log(args, step, history, lr, skipped_in_row, *rest)
+            write(log, step, lr)
+        log.numbers.clear()
 
-    monkeypatch.setattr(train_ae, "log", wait)
+    monkeypatch.setattr(train_ae.Log, "write", wait)
     monkeypatch.setattr(fid, "join_processes", lambda device: (0, 1, "meta"))
     monkeypatch.setattr(train_ae, "check_run", lambda *_: 1)  # which compares numbers
     monkeypatch.setattr(train_ae, "generator", lambda *key: Generator("cpu"))
