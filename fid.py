@@ -100,14 +100,14 @@ def main():
 
     # The same path twice is processed once.
     sets = {path: open_set(path, args) for path in (args.ref, args.samples) if path}
-    # Stored features of SAMPLES need the network's last layer, for the Inception Score.
-    net, stored_samples = None, sets[args.samples][0] if args.samples else {}
-    if "pool" in stored_samples or any(count for _, count, _ in sets.values()):
+    features = {path: stored for path, (stored, _, _) in sets.items()}
+
+    # The network is for images, and its last layer for the Inception Score of stored features.
+    net = None
+    if any(count for _, count, _ in sets.values()) or "pool" in features.get(args.samples, ()):
         load = functools.partial(load_inception, args.inception, bool(args.half_pixel))
         net = local_rank_0_first(load).to(device)
-    features = {}
     for path, (stored, count, batches) in sets.items():
-        features[path] = stored
         if count:
             features[path] = run_network(net, count, batches, path, args.batch, device) | stored
 
