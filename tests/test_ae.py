@@ -1,15 +1,15 @@
 """ae.py against the reference implementations and the equations, and reading of checkpoints."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import close, fill, keys_of, normal, read, reference, saved, shapes, written
+from conftest import close, fill, keys_of, normal, reference, saved, shapes, written
 from PIL import Image
 
 import ae
@@ -81,9 +81,7 @@ OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn
 def with_older_names(state):
     """The names that older files of diffusers have for the maps of attention."""
     for new, old in OLDER.items():
-        state = {
-            k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in state.items()
-        }
+        state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
     return state
 
 
@@ -319,33 +317,28 @@ def test_gradients_agree_with_finite_differences():
 # ---- LPIPS ----
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A TORCH_HOME for one test, with a VGG16 file of random weights; the path of that file."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    torchvision = pytest.importorskip("torchvision")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:::torchvision", "ignore:::lpips")  # which load the old way
+def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval_mode(
+    tmp_path, monkeypatch
+):
+    import lpips
+    import torchvision
+
     torch.manual_seed(0)
     with torch.device("meta"):
         state = torchvision.models.vgg16().state_dict()
-    # The 120 million weights of the classifier are never read
+    # Random weights; the 120 million of the classifier are never read
     names = [name for name in state if name.startswith("features.")]
     features = {name: 0.05 * torch.randn(state[name].shape) for name in names}
-    path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
-    path.parent.mkdir(parents=True)
-    torch.save(features, path)
-    return path
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:::torchvision", "ignore:::lpips")  # which load the old way
-def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval_mode(hub):
-    import lpips
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(features, tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth")
 
     ours = ae.lpips_vgg()
     assert not ours.training and not any(module.training for module in ours.modules())
     assert not any(p.requires_grad for p in ours.parameters())
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
-    features = read(hub)
     mapped = {
         f"net.{name}": features["features." + name.split(".", 1)[1]]
         for name, _ in theirs.net.named_parameters()
@@ -363,20 +356,6 @@ def test_lpips_is_the_package_s_on_the_vgg16_of_the_hub_cache_frozen_and_in_eval
 
 
 # ---- checkpoints ----
-
-
-def test_the_release_s_vmae_loads_with_its_namespace_and_without_mask_token(tmp_path):
-    model = ae.VMAE(image_size=64, hidden_size=96, depth=2, decoder_depth=3)
-    state = {k: v for k, v in model.state_dict().items() if k != "mask_token"}
-    state["perceptual_loss.net.weight"] = torch.zeros(3)
-    ckpt = {"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}
-    torch.save(ckpt, tmp_path / "release.pth")
-    loaded = ae.load(tmp_path / "release.pth")
-    x = normal(0, 1, 3, 64, 64)
-    assert isinstance(loaded, ae.VMAE) and not loaded.training
-    assert torch.equal(loaded.encode(x).mean, model.encode(x).mean)
-    z = normal(1, 1, 16, 8, 8)
-    assert torch.equal(loaded.decode(z), model.decode(z))
 
 
 def test_a_loaded_autoencoder_saves_and_loads_again(tmp_path):
@@ -442,14 +421,20 @@ def test_prefixes_of_ddp_and_compile_are_dropped_in_any_order(tmp_path, prefix):
         ("ldmae_mode_small", 96, 8, False),
     ],
 )
-def test_the_heads_of_a_release_s_vmae_follow_its_name(tmp_path, capsys, name, width, heads, guess):
-    model = ae.VMAE(image_size=64, hidden_size=width, depth=1, decoder_depth=1, num_heads=heads)
-    namespace = argparse.Namespace(**({"model": name} if name else {}))
-    torch.save({"model": model.state_dict(), "args": namespace}, tmp_path / "release.pth")
+def test_the_release_s_vmae_loads_without_mask_token_and_its_name_gives_the_heads(
+    tmp_path, capsys, name, width, heads, guess
+):
+    model = ae.VMAE(image_size=64, hidden_size=width, depth=2, decoder_depth=3, num_heads=heads)
+    state = {k: v for k, v in model.state_dict().items() if k != "mask_token"}
+    state["perceptual_loss.net.weight"] = torch.zeros(3)
+    namespace = argparse.Namespace(lr=1.0, **({"model": name} if name else {}))
+    torch.save({"model": state, "args": namespace, "epoch": 3}, tmp_path / "release.pth")
     loaded = ae.load(tmp_path / "release.pth")
+    assert isinstance(loaded, ae.VMAE) and not loaded.training
     assert loaded.args["num_heads"] == heads
-    x = normal(0, 1, 3, 64, 64)
+    x, z = normal(0, 1, 3, 64, 64), normal(1, 1, 16, 8, 8)
     assert torch.equal(loaded.encode(x).mean, model.encode(x).mean)
+    assert torch.equal(loaded.decode(z), model.decode(z))
     assert ("is a guess" in capsys.readouterr().out) == guess
 
 
@@ -481,7 +466,6 @@ class Evil:
         (lambda path: None, "no checkpoint file"),
         (written(b""), "cannot be read"),
         (written(b"hello, I am a text file"), "cannot be read"),
-        (written(os.urandom(5000)), "cannot be read"),
         # The message names the class that is no plain data
         (saved({"model": Evil()}), rf"cannot be read \(.*{os.system.__module__}\.system"),
         (saved({"best": np.float64(0.5)}), r"cannot be read \(.*numpy\S+multiarray\.scalar"),
@@ -549,9 +533,7 @@ def test_wrong_image_sizes_are_named():
 
 def test_to_uint8_is_the_floor_of_127_5_x_plus_128_clamped():
     x = torch.tensor([-2, -1, -0.999, 0, 0.5, 0.9999, 1, 3]).view(1, 1, 1, 8).expand(1, 3, 1, 8)
-    expected = np.floor(np.clip(127.5 * x[0, 0, 0].numpy() + 128, 0, 255)).astype(np.uint8)
-    assert expected.tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
-    assert sample.to_uint8(x)[0, 0, :, 0].tolist() == expected.tolist()
+    assert sample.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
 
     # Every value survives the way into the network's range and back
     values = np.arange(256, dtype=np.uint8)
@@ -586,20 +568,13 @@ def test_captions_of_any_length_stay_beside_their_row(tmp_path, side, label):
 
 
 def test_a_safetensors_file_is_read(tmp_path):
-    """The file is written as the format is described: length of the header, header, bytes."""
     model = ae.SDVAE(channels=(32, 32), latent_dim=4)
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in model.state_dict().items():
-        raw = tensor.half().numpy().tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": offsets}
-        data += raw
-    text = json.dumps(header).encode()
+    halves = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     path = tmp_path / "vae.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    loaded = ae.load(path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    safetensors.torch.save_file(halves, path, metadata={"format": "pt"})
+    loaded = ae.load(path).state_dict()
+    for name, half in halves.items():
+        assert torch.equal(loaded[name], half.float())
     for damaged in (path.read_bytes()[:-100], b"\xff" * 100, b""):
         path.write_bytes(damaged)
         with pytest.raises(fid.UserError, match="vae.safetensors cannot be read"):
@@ -608,7 +583,6 @@ def test_a_safetensors_file_is_read(tmp_path):
 
 def test_a_folder_where_a_checkpoint_belongs_leads_to_the_file_inside(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"ckpt\.pt"):
-        ae.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"ckpt\.pt"):
-        dit.load(tmp_path)
+    for load in (ae.load, dit.load):
+        with pytest.raises(FileNotFoundError, match=r"ckpt\.pt"):
+            load(tmp_path)

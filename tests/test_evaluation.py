@@ -116,27 +116,17 @@ def test_compression_divides_each_channel_by_its_own_std():
     assert abs(a["sigma2"] - b["sigma2"]) < 1e-9 and abs(a["rho"] - b["rho"]) < 1e-9
 
 
-def masks_of(tmp_path, *names):
-    """What find_masks finds in tmp_path / "masks" for images of these names, relative to it."""
-    for name in names:
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).touch()
-    folder = tmp_path / "masks"
-    found = train_ae.find_masks(str(folder), train_ae.Images(tmp_path / "data"))
-    return [mask and str(Path(mask).relative_to(folder)) for mask in found]
-
-
-def label_image(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return path
-
-
 def test_a_label_image_belongs_to_the_image_at_the_same_path_alone(tmp_path, capsys):
-    for name in ("ant/0000.png", "0001.png", "elsewhere/0001.png"):
-        label_image(tmp_path / "masks" / name, Image.new("L", (8, 8)))
-    names = ("ant/0000.jpg", "ant/0001.jpg", "bee/0000.jpg")
-    assert masks_of(tmp_path, *names) == ["ant/0000.png", None, None]
+    masks, images = tmp_path / "masks", tmp_path / "data"
+    for folder, names in (
+        (masks, ("ant/0000.png", "0001.png", "elsewhere/0001.png")),
+        (images, ("ant/0000.jpg", "ant/0001.jpg", "bee/0000.jpg")),
+    ):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    found = train_ae.find_masks(str(masks), train_ae.Images(images))
+    assert found == [str(masks / "ant" / "0000.png"), None, None]
     assert "1 of 3 images have a label image" in capsys.readouterr().out
 
 
@@ -144,8 +134,8 @@ def test_label_images_are_cropped_as_the_photograph_and_0_is_no_label(tmp_path):
     # Twice as wide as high: columns 20 to 59 remain
     labels = np.zeros((40, 80), np.uint8)
     labels[:, :20], labels[:, 20:40], labels[10:, 40:60] = 9, 3, 7
-    file = label_image(tmp_path / "ADE_val_00000001.png", Image.fromarray(labels))
-    found = dict(train_ae.segments(file, 4))
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    found = dict(train_ae.segments(tmp_path / "a.png", 4))
     # 9 is cropped away
     assert found.keys() == {3, 7}
     assert found[3].tolist() == [[True, True, False, False]] * 4
@@ -171,12 +161,14 @@ def test_a_label_image_is_grey_with_or_without_alpha(tmp_path, mode):
     grey, alpha = Image.new("L", (8, 8), 200), Image.new("L", (8, 8), 77)
     bands = {"RGB": 3 * [grey], "LA": [grey, alpha], "RGBA": 3 * [grey] + [alpha]}
     image = Image.merge(mode, bands[mode]) if mode in bands else Image.new(mode, (8, 8), 200)
-    ((label, mask),) = train_ae.segments(label_image(tmp_path / "a.png", image), 4)
+    image.save(tmp_path / "a.png")
+    ((label, mask),) = train_ae.segments(tmp_path / "a.png", 4)
     assert label == 200 and mask.shape == (4, 4) and mask.all()
 
 
 def test_a_label_image_in_colour_or_cut_off_is_a_sentence(tmp_path):
-    file = label_image(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"))
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(file)
     with pytest.raises(fid.UserError, match=r"a\.png is in colour"):
         list(train_ae.segments(file, 4))
     file.write_bytes(file.read_bytes()[:50])
@@ -198,11 +190,13 @@ def rows_of(out):
     return json.loads((out / "eval.json").read_text())["rows"]
 
 
-def link_first_images(root, few, count):
-    """Make the folder `few`, with links to the first images of `root`."""
+def first_images(tmp_path, root, count):
+    """A folder with links to the first images of `root`."""
+    few = tmp_path / "few"
     few.mkdir()
     for path in sorted(root.iterdir())[:count]:
         (few / path.name).symlink_to(path)
+    return few
 
 
 def test_eval_prints_a_row_a_checkpoint_ours_or_the_authors(tmp_path, folder, capsys, monkeypatch):
@@ -223,10 +217,8 @@ def test_eval_prints_a_row_a_checkpoint_ours_or_the_authors(tmp_path, folder, ca
     rows = table(text)
     # A row has the path as it was given, and so has its picture
     assert [row["autoencoder"] for row in rows] == paths
-    assert {path.name for path in Path("eval").glob("*.png")} == {
-        "ours-ckpt.pt.png",
-        "release.pth.png",
-    }
+    pictures = sorted(Path("eval").glob("*.png"))
+    assert [path.name for path in pictures] == ["ours-ckpt.pt.png", "release.pth.png"]
     # These two hold the same weights
     assert rows[0]["PSNR"] == rows[1]["PSNR"]
     assert rows[0]["LPIPS"] == rows[0]["rFID"] == "-"
@@ -243,7 +235,7 @@ def test_eval_prints_a_row_a_checkpoint_ours_or_the_authors(tmp_path, folder, ca
     mse = ((sample.to_uint8(x_hat).astype(float) - crops) ** 2).mean((1, 2, 3))
     assert abs(saved["PSNR"] - (10 * np.log10(255**2 / mse)).mean()) < 1e-6
     assert abs(saved["L1"] - ((x_hat + 1) / 2 - (x + 1) / 2).abs().mean().item()) < 1e-6
-    for picture in Path("eval").glob("*.png"):
+    for picture in pictures:
         width, height = size_of(picture)
         assert height // 66 == 10 and width // 66 == 1 + len(train_ae.EPS)
 
@@ -260,8 +252,7 @@ def test_the_paper_s_crop_is_bilinear_with_antialiasing_on_floats_and_central():
 
 
 def test_eval_judges_on_the_paper_s_crop_unless_told_otherwise(tmp_path, tiny_vmae, folder):
-    few = tmp_path / "few"
-    link_first_images(folder / "cats", few, 4)
+    few = first_images(tmp_path, folder / "cats", 4)
     start = ("--eval --ckpt", tiny_vmae, "--data", few, "--workers 0")
     run(train_ae, *start, "--out", tmp_path / "paper")
     run(train_ae, *start, "--out", tmp_path / "adm", "--adm_crop 1")
@@ -280,13 +271,12 @@ def test_eval_judges_on_the_paper_s_crop_unless_told_otherwise(tmp_path, tiny_vm
 @pytest.mark.slow
 def test_each_autoencoder_is_judged_at_its_own_size(tmp_path, folder, capsys, monkeypatch):
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
-    few, out = tmp_path / "few", tmp_path / "eval"
+    few, out = first_images(tmp_path, folder / "cats", 3), tmp_path / "eval"
     for name, size in (("ckpt", 48), ("other", 40)):
         channels = [32, 32, 32, 32]
         net = ae.AE(channels)
         args = {"model": "ae", "channels": channels, "image_size": size}
         torch.save({"args": args, "model": net.state_dict()}, tmp_path / f"{name}.pt")
-    link_first_images(folder / "cats", few, 3)
     # A file of diffusers does not say for which size it was trained
     torch.save(ae.SDVAE(channels=channels).state_dict(), tmp_path / "few.pt")
     files = [tmp_path / name for name in ("ckpt.pt", "other.pt", "few.pt")]
@@ -318,8 +308,7 @@ def test_each_autoencoder_is_judged_at_its_own_size(tmp_path, folder, capsys, mo
 def test_rows_are_printed_and_written_as_they_are_done_and_never_replaced(
     tmp_path, tiny_vmae, folder, capsys, monkeypatch
 ):
-    few, cost = tmp_path / "few", train_ae.cost
-    link_first_images(folder / "cats", few, 2)
+    few, cost = first_images(tmp_path, folder / "cats", 2), train_ae.cost
 
     def stop_at_second(*args):
         monkeypatch.setattr(train_ae, "cost", broken)
@@ -342,8 +331,7 @@ def test_rows_are_printed_and_written_as_they_are_done_and_never_replaced(
 
 
 def test_eval_ends_at_the_first_image_that_cannot_be_read(tmp_path, tiny_vmae, folder):
-    few = tmp_path / "few"
-    link_first_images(folder / "cats", few, 3)
+    few = first_images(tmp_path, folder / "cats", 3)
     (few / "cut.png").write_bytes(b"no picture")
     flags = ("--data", few, "--out", tmp_path / "out", "--workers 1")
     message = fails(train_ae, "--eval --ckpt", tiny_vmae, *flags)
@@ -401,10 +389,9 @@ train_ae.main()
 def test_rfid_and_lpips_are_computed_where_their_weights_are(
     tmp_path, tiny_vmae, folder, monkeypatch, inception
 ):
-    few, out = tmp_path / "few", tmp_path / "eval"
+    few, out = first_images(tmp_path, folder / "cats", 6), tmp_path / "eval"
     monkeypatch.setattr(ae, "lpips_vgg", lambda: distance)
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
-    link_first_images(folder / "cats", few, 6)
     flags = ("--data", few, "--inception", inception, "--workers 0 --adm_crop 1")
     run(train_ae, "--eval --ckpt", tiny_vmae, "--out", out, *flags)
     saved = json.loads((out / "eval.json").read_text())
@@ -424,10 +411,9 @@ def test_rfid_and_lpips_are_computed_where_their_weights_are(
 def test_one_image_gives_all_measures_but_rfid(
     tmp_path, tiny_vmae, folder, monkeypatch, inception, capsys
 ):
-    few, out = tmp_path / "few", tmp_path / "eval"
+    few, out = first_images(tmp_path, folder / "cats", 1), tmp_path / "eval"
     monkeypatch.setattr(ae, "lpips_vgg", lambda: distance)
     monkeypatch.setattr(train_ae, "EPS", (0.0, 0.3))
-    link_first_images(folder / "cats", few, 1)
     Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "000.png")
     flags = ("--data", few, "--inception", inception, "--masks", tmp_path, "--workers 0")
     run(train_ae, "--eval --ckpt", tiny_vmae, "--out", out, *flags)
@@ -515,16 +501,14 @@ def test_each_stage_of_the_demo_finds_the_one_before(tmp_path, monkeypatch):
 def test_a_numbered_file_of_the_first_stage_starts_the_last_one(tmp_path):
     out, tuned = tmp_path / "first", tmp_path / "tuned"
     run(train_ae, "--out", out, TINY_VIT, "--steps 5 --keep_every 2")
-    numbered = sorted(path.name for path in out.glob("ckpt-*"))
-    assert numbered == ["ckpt-0000002.pt", "ckpt-0000004.pt"]
-    kept, last = read(out / "ckpt-0000002.pt"), read(out / "ckpt.pt")
+    numbered = sorted(out.glob("ckpt-*"))
+    assert [path.name for path in numbered] == ["ckpt-0000002.pt", "ckpt-0000004.pt"]
+    run(train_ae, "--out", tuned, "--tune_decoder --init", numbered[0], "--steps 1")
+    kept, last, tuned = (read(path) for path in (numbered[0], out / "ckpt.pt", tuned / "ckpt.pt"))
     # A whole checkpoint, of that step
     assert kept["step"] == 2 and kept.keys() == last.keys()
-    assert not torch.equal(kept["model"]["to_latent.weight"], last["model"]["to_latent.weight"])
-    run(train_ae, "--out", tuned, "--tune_decoder --init", out / "ckpt-0000002.pt", "--steps 1")
-    assert torch.equal(
-        read(tuned / "ckpt.pt")["model"]["to_latent.weight"], kept["model"]["to_latent.weight"]
-    )
+    kept, last, tuned = (ckpt["model"]["to_latent.weight"] for ckpt in (kept, last, tuned))
+    assert torch.equal(kept, tuned) and not torch.equal(kept, last)
 
 
 @pytest.mark.parametrize("kl", [0.0, 1e-3])
@@ -607,6 +591,11 @@ def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae, folde
     message = fails(train_ae, *judge, *data, "--masks", tmp_path)
     assert f"{tmp_path} holds no NAME.png for an image NAME" in message
     assert "--masks goes with --data" in fails(train_ae, *judge, "--masks", tmp_path)
+    # A label image without a label
+    Image.new("L", (40, 40)).save(tmp_path / "000.png")
+    flags = ("--data", first_images(tmp_path, folder / "bees", 2), "--masks", tmp_path)
+    message = fails(train_ae, *judge, *flags, "--out", tmp_path / "unlabelled", "--workers 0")
+    assert "no label image of these images has a label in it" in message
     for inside in (folder, folder / "ants" / "eval"):
         message = fails(train_ae, *judge, *data, "--out", inside)
         assert f"{inside} lies inside --data {folder}" in message
@@ -619,11 +608,3 @@ def test_mistakes_with_init_and_eval_get_one_sentence(tmp_path, tiny_vmae, folde
     assert "ckpt.pt is of another model" in fails(train_ae, "--out", out, *start)
     said = usage_error(capsys, train_ae, "--tune_decoder --model mae --init", tiny_vmae)
     assert "it goes with --model vmae" in said
-
-
-def test_masks_without_a_label_are_one_sentence(tmp_path, tiny_vmae, folder):
-    for file in (folder / "bees").iterdir():
-        Image.new("L", (40, 40)).save(tmp_path / f"{file.stem}.png")
-    flags = ("--data", folder / "bees", "--masks", tmp_path, "--workers 0")
-    message = fails(train_ae, "--eval --ckpt", tiny_vmae, "--out", tmp_path / "out", *flags)
-    assert "no label image" in message

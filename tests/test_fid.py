@@ -18,8 +18,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, ROOT, fails, launch, run, together
+from conftest import (
+    ROOT,
+    close,
+    fails,
+    keys_of,
+    launch,
+    reference,
+    run,
+    shapes,
+    together,
+    usage_error,
+    written,
+)
 from PIL import Image
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
 from torch.utils.data import DataLoader
 
 import fid
@@ -112,9 +126,9 @@ def metrics(*args, ranks=1):
     return {name: float(value) for name, value in pairs}
 
 
-def open_set(path, crop=None, workers=1):
+def open_set(path, workers=1):
     """As fid.open_set, with these flags."""
-    return fid.open_set(str(path), types.SimpleNamespace(half_pixel=0, crop=crop, workers=workers))
+    return fid.open_set(str(path), types.SimpleNamespace(half_pixel=0, crop=None, workers=workers))
 
 
 def raises(error):
@@ -130,30 +144,20 @@ def raises(error):
 
 
 def test_tensor_names_and_shapes_are_those_of_the_published_file():
-    path = REFERENCE / "inception_2015_12_05.keys.txt"
-    listed = dict((line.split("\t") + [""])[:2] for line in path.read_text().splitlines())
-    ours = {key: "x".join(map(str, x.shape)) for key, x in fid.InceptionV3().state_dict().items()}
-    assert ours == listed
+    assert shapes(fid.InceptionV3()) == keys_of("inception_2015_12_05.keys.txt")
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_features_equal_the_reference_implementation(weights, net, fused):
-    path = REFERENCE / "inception_seed0.npz"
-    expected = np.load(path)
-    if not fused:
-        net = fid.InceptionV3()
-        net.load_state_dict(torch.load(weights, weights_only=True))
+def test_features_equal_the_reference_implementation_fused_or_not(weights, net):
+    expected = np.load(reference("inception_seed0.npz"))
+    unfused = fid.InceptionV3()
+    unfused.load_state_dict(torch.load(weights, weights_only=True))
     x = np.random.RandomState(500).randint(0, 256, (3, 3, 64, 64), dtype=np.uint8)
-    pool, spatial = net(torch.from_numpy(x))
-    probs = torch.from_numpy(expected["logits_unbiased"]).double().softmax(1)
-    for ours, theirs in (
-        (pool, expected["pool"]),
-        (spatial, expected["spatial"]),
-        (net.probs(pool), probs),
-    ):
-        torch.testing.assert_close(
-            ours, torch.as_tensor(theirs), rtol=1e-4, atol=1e-4 * float(theirs.max())
-        )
+    for either in (net, unfused):
+        pool, spatial = either(torch.from_numpy(x))
+        close(pool, expected["pool"])
+        close(spatial, expected["spatial"])
+        probs = torch.from_numpy(expected["logits_unbiased"]).double().softmax(1)
+        close(either.probs(pool), probs.numpy())
 
 
 def test_resizing_is_tensorflow_1s_by_hand():
@@ -189,14 +193,18 @@ def test_half_pixel_equals_pytorch_fid_and_the_default_does_not(weights, net, mo
     assert (net(x)[0] - pool).abs().max() > 1e-3  # a hundred times the tolerance above
 
 
-def test_frechet_distance_equals_clean_fid_and_pytorch_fid():
-    mu1, sigma1 = random_statistics(0, 400, 40)
-    mu2, sigma2 = random_statistics(1, 300, 40)
-    ours = fid.frechet_distance(mu1, sigma1, mu2, sigma2)
-    for name in ("cleanfid.fid", "pytorch_fid.fid_score"):
-        module = pytest.importorskip(name, reason=f"{name} is not installed")
-        theirs = getattr(module, "frechet_distance", None) or module.calculate_frechet_distance
-        assert ours == pytest.approx(theirs(mu1, sigma1, mu2, sigma2), rel=1e-6)
+@pytest.mark.parametrize(
+    "name, function",
+    [
+        ("cleanfid.fid", "frechet_distance"),
+        ("pytorch_fid.fid_score", "calculate_frechet_distance"),
+    ],
+)
+def test_frechet_distance_equals_clean_fid_and_pytorch_fid(name, function):
+    module = pytest.importorskip(name, reason=f"{name} is not installed")
+    statistics = (*random_statistics(0, 400, 40), *random_statistics(1, 300, 40))
+    theirs = getattr(module, function)(*statistics)
+    assert fid.frechet_distance(*statistics) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_features_ignore_autocast_and_settings_come_back(net):
@@ -220,12 +228,10 @@ def test_weights_load_with_and_without_num_batches_tracked(weights, net, tmp_pat
         fid.load_inception(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", pickle.dumps(os.getcwd, 2), None])
-def test_a_file_that_is_missing_or_no_file_of_weights_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "w.pth").write_bytes(content)
-    error = FileNotFoundError if content is None else fid.UserError
-    with pytest.raises(error, match="w.pth"):
+@pytest.mark.parametrize("content", [b"", b"no weights", pickle.dumps(os.getcwd, 2)])
+def test_a_file_that_is_no_file_of_weights_is_named(tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(fid.UserError, match="w.pth"):
         fid.load_inception(tmp_path / "w.pth")
 
 
@@ -284,16 +290,8 @@ def test_statistics_equal_numpys_in_any_batches(offset):
     np.testing.assert_allclose(sigma, np.cov(x - offset, rowvar=False), rtol=1e-9, atol=1e-9)
 
 
-def test_statistics_need_two_features():
-    statistics = fid.Statistics(4)
-    statistics.update(torch.ones(1, 4))
-    with pytest.raises(ValueError, match="at least 2"):
-        statistics.finish()
-
-
 def definition(mu1, sigma1, mu2, sigma2):
-    linalg = pytest.importorskip("scipy.linalg")
-    root = linalg.sqrtm(sigma1 @ sigma2).real
+    root = sqrtm(sigma1 @ sigma2).real
     return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
 
 
@@ -304,7 +302,8 @@ def test_frechet_distance_equals_the_definition():
     assert fid.frechet_distance(*tensors) == fid.frechet_distance(*one, *two)
 
 
-def test_frechet_distance_of_commuting_covariances_of_low_rank():
+def test_frechet_distance_has_its_closed_form_where_covariances_are_of_low_rank():
+    # Covariances that commute
     a, b = np.zeros(50), np.zeros(50)
     a[:20] = np.linspace(1, 3, 20)
     b[10:40] = np.linspace(2, 5, 30)
@@ -312,6 +311,13 @@ def test_frechet_distance_of_commuting_covariances_of_low_rank():
     sigma1, sigma2 = q @ np.diag(a) @ q.T, q @ np.diag(b) @ q.T
     ours = fid.frechet_distance(np.zeros(50), sigma1, np.ones(50), sigma2)
     assert ours == pytest.approx(50 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-8)
+    # Fewer images than dimensions, and the same scaled by 2: |mu|^2 + tr(sigma)
+    mu, sigma = random_statistics(0, 30, 200)
+    ours = fid.frechet_distance(mu, sigma, 2 * mu, 4 * sigma)
+    assert ours == pytest.approx(mu @ mu + np.trace(sigma), rel=1e-12)
+    # A single point repeated
+    ours = fid.frechet_distance(mu + 1, np.zeros((200, 200)), mu, sigma)
+    assert ours == pytest.approx(200 + np.trace(sigma), rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [5, 40, 300])
@@ -320,20 +326,6 @@ def test_frechet_distance_of_identical_sets_is_zero_at_any_rank(count):
         mu, sigma = random_statistics(seed, count, 200)
         sigma *= np.outer(10.0 ** -np.linspace(0, 5, 200), 10.0 ** -np.linspace(0, 5, 200))
         assert 0 <= fid.frechet_distance(mu, sigma, mu, sigma) < 1e-12 * np.trace(sigma)
-
-
-def test_frechet_distance_of_fewer_images_than_dimensions():
-    # between n images and the same scaled by 2 the distance is known: |mu|^2 + tr(sigma)
-    mu, sigma = random_statistics(0, 30, 200)
-    expected = mu @ mu + np.trace(sigma)
-    assert fid.frechet_distance(mu, sigma, 2 * mu, 4 * sigma) == pytest.approx(expected, rel=1e-12)
-
-
-def test_frechet_distance_from_a_single_point_repeated():
-    mu, sigma = random_statistics(0, 30, 10)
-    expected = 10 + np.trace(sigma)
-    ours = fid.frechet_distance(mu + 1, np.zeros((10, 10)), mu, sigma)
-    assert ours == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [50, 1000])
@@ -358,12 +350,11 @@ def test_frechet_distance_refuses_what_is_no_pair_of_statistics():
             fid.frechet_distance(mu, sigma, *given)
 
 
-@pytest.mark.parametrize("count", [10, 23])
-def test_inception_score_equals_the_definition_with_a_short_last_split(count):
-    p = np.random.RandomState(0).dirichlet(np.ones(7), count)
+def test_inception_score_equals_the_definition_with_a_short_last_split():
+    p = np.random.RandomState(0).dirichlet(np.ones(7), 23)
     p[0] = np.eye(7)[0]
     scores = []
-    for start in range(0, count, 10):
+    for start in (0, 10, 20):
         part = p[start : start + 10]
         kl = [sum(a * np.log(a / b) for a, b in zip(row, part.mean(0)) if a > 0) for row in part]
         scores.append(np.exp(np.mean(kl)))
@@ -380,34 +371,30 @@ def test_inception_score_depends_on_file_order_and_refuses_nothing():
 
 def brute_force(ref, samples, k):
     def inside(balls, points):
-        own = ((balls[:, None] - balls[None]) ** 2).sum(-1)
-        np.fill_diagonal(own, np.inf)
-        radius = np.sort(own, 1)[:, k - 1]
-        return (((points[:, None] - balls[None]) ** 2).sum(-1) <= radius).any(1).mean()
+        # The first neighbour is the point itself
+        radius = np.sort(cdist(balls, balls), 1)[:, k]
+        return (cdist(points, balls) <= radius).any(1).mean()
 
-    return inside(ref.astype(np.float64), samples), inside(samples.astype(np.float64), ref)
+    return inside(ref, samples), inside(samples, ref)
 
 
-@pytest.mark.parametrize("offset", [0, 1000])
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_equal_brute_force(offset, k):
+@pytest.mark.parametrize(
+    "k, offset, counts",
+    [
+        (1, 0, (150, 130)),
+        (3, 0, (150, 130)),
+        (1, 1000, (150, 130)),
+        (3, 1000, (150, 130)),
+        (3, 0, (2051, 2500)),
+    ],
+)
+def test_precision_and_recall_equal_brute_force_also_over_block_borders(k, offset, counts):
     rs = np.random.RandomState(0)
-    ref = (rs.standard_normal((150, 8)) + offset).astype(np.float32)
-    samples = (0.8 * rs.standard_normal((130, 8)) + 0.4 + offset).astype(np.float32)
+    ref = (rs.standard_normal((counts[0], 8)) + offset).astype(np.float32)
+    samples = (0.8 * rs.standard_normal((counts[1], 8)) + 0.4 + offset).astype(np.float32)
     expected = brute_force(ref, samples, k)
     assert 0.1 < expected[0] < 0.97 and 0.1 < expected[1] < 0.97
     assert fid.precision_recall(ref, samples, k) == pytest.approx(expected, abs=1e-12)
-
-
-def test_precision_and_recall_are_the_same_over_block_borders():
-    rs = np.random.RandomState(0)
-    ref, samples = rs.standard_normal((2051, 3)), rs.standard_normal((2500, 3)) + 0.5
-    scipy = pytest.importorskip("scipy.spatial")
-    trees = [scipy.cKDTree(x) for x in (ref, samples)]
-    radii = [tree.query(x, 4)[0][:, 3] for tree, x in zip(trees, (ref, samples))]
-    cross = scipy.distance.cdist(samples, ref)
-    expected = ((cross <= radii[0]).any(1).mean(), (cross <= radii[1][:, None]).any(0).mean())
-    assert fid.precision_recall(ref, samples) == pytest.approx(expected, abs=1e-12)
 
 
 def test_copies_are_neighbours_and_lie_in_balls_of_radius_zero():
@@ -435,33 +422,39 @@ def result(weights, sets):
     return metrics(sets / "ref.npz", sets / "samples.npz", "--inception", weights, *output)
 
 
-def test_command_prints_the_five_metrics_in_order_and_writes_them(result, sets):
+def test_command_prints_and_writes_what_the_functions_give_for_all_images_at_once(
+    result, net, sets
+):
+    (ref_pool, ref_spatial), (pool, spatial) = (
+        net(torch.from_numpy(np.load(sets / name)["arr_0"]).permute(0, 3, 1, 2))
+        for name in ("ref.npz", "samples.npz")
+    )
+    expected = [fid.inception_score(net.probs(pool))]
+    for pair in ((ref_pool, pool), (ref_spatial, spatial)):
+        pair = [x.double().numpy() for x in pair]
+        statistics = [(x.mean(0), np.cov(x, rowvar=False)) for x in pair]
+        expected.append(fid.frechet_distance(*statistics[0], *statistics[1]))
+    expected += fid.precision_recall(ref_pool, pool)
     assert list(result) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    assert list(result.values()) == pytest.approx(expected, rel=1e-4)
     counts = {"REF images": 11, "SAMPLES images": 9}
     assert json.loads((sets / "out.json").read_text()) == result | counts
 
 
-def test_command_equals_the_functions_on_all_images_at_once(result, net, sets):
-    features = [
-        net(torch.from_numpy(np.load(sets / name)["arr_0"]).permute(0, 3, 1, 2))
-        for name in ("ref.npz", "samples.npz")
-    ]
-    (ref_pool, ref_spatial), (pool, spatial) = [
-        [x.double().numpy() for x in pair] for pair in features
-    ]
-    expected = [fid.inception_score(net.probs(torch.from_numpy(pool)))]
-    for a, b in ((ref_pool, pool), (ref_spatial, spatial)):
-        sigma_a, sigma_b = (np.cov(x, rowvar=False) for x in (a, b))
-        expected.append(fid.frechet_distance(a.mean(0), sigma_a, b.mean(0), sigma_b))
-    expected += fid.precision_recall(ref_pool, pool)
-    assert list(result.values()) == pytest.approx(expected, rel=1e-4)
+@pytest.fixture
+def stored(quick, sets, tmp_path):
+    """A folder with ref.npz and samples.npz, which hold the quick network's features of those sets,
+    and alone.npz: the statistics of the first without features, as an older version wrote them."""
+    for name in ("ref.npz", "samples.npz"):
+        assert metrics(sets / name, "--save_stats", tmp_path / name) == {}
+    with np.load(tmp_path / "ref.npz") as ref:
+        np.savez(tmp_path / "alone.npz", **{name: ref[name] for name in fid.STATISTICS})
+    return tmp_path
 
 
-def test_a_folder_and_a_npz_of_the_same_images_have_the_same_features(quick, sets, tmp_path):
-    folder, npz = tmp_path / "folder.npz", tmp_path / "npz.npz"
-    assert metrics(sets / "samples", "--save_stats", folder) == {}
-    assert metrics(sets / "samples.npz", "--save_stats", npz) == {}
-    with np.load(folder) as one, np.load(npz) as two:
+def test_a_folder_and_a_npz_of_the_same_images_have_the_same_features(stored, sets):
+    metrics(sets / "samples", "--save_stats", stored / "folder.npz")
+    with np.load(stored / "folder.npz") as one, np.load(stored / "samples.npz") as two:
         assert sorted(one.files) == sorted(two.files) == sorted(fid.FEATURES)
         for key in one.files:
             # those of a folder are in the order in which the Inception Score takes them
@@ -469,105 +462,68 @@ def test_a_folder_and_a_npz_of_the_same_images_have_the_same_features(quick, set
             np.testing.assert_allclose(one[key][rows], two[key], rtol=1e-6, atol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def statistics_alone(result, sets):
-    """A .npz file of statistics without features, such as that of an older version."""
-    with np.load(sets / "stats.npz") as stored:
-        np.savez(sets / "alone.npz", **{name: stored[name] for name in fid.STATISTICS})
-    return sets / "alone.npz"
-
-
-def test_what_is_saved_gives_all_metrics_without_the_images(result, weights, sets, monkeypatch):
-    passed, forward = [], fid.InceptionV3.forward
+def test_what_is_saved_gives_all_metrics_without_the_images(stored, quick, sets, monkeypatch):
+    expected = metrics(sets / "ref.npz", sets / "samples.npz")
+    score = metrics(sets / "samples.npz", sets / "ref.npz")["Inception Score"]
+    passed, forward = [], type(quick).forward
 
     def counted(net, x):
         passed.append(len(x))
         return forward(net, x)
 
-    monkeypatch.setattr(fid.InceptionV3, "forward", counted)
-    with_weights = ("--inception", weights)
-    assert metrics(sets / "stats.npz", sets / "samples.npz", *with_weights) == result
+    monkeypatch.setattr(type(quick), "forward", counted)
+    assert metrics(stored / "ref.npz", sets / "samples.npz") == expected
     assert sum(passed) == 9  # those of SAMPLES
-    same = metrics(sets / "stats.npz", sets / "stats.npz", *with_weights)
+    same = metrics(stored / "ref.npz", stored / "ref.npz")
     assert sum(passed) == 9
     # the score of these features, which the last layer alone gives
-    other = metrics(sets / "samples.npz", sets / "ref.npz", *with_weights)
-    assert same["Inception Score"] == pytest.approx(other["Inception Score"], rel=1e-9)
-    assert max(same["FID"], same["sFID"]) < 1e-9 * result["FID"]
+    assert same["Inception Score"] == pytest.approx(score, rel=1e-9)
+    assert max(same["FID"], same["sFID"]) < 1e-9 * expected["FID"]
     assert same["Precision"] == same["Recall"] == 1
 
 
-def test_stored_features_of_samples_give_a_score_beside_statistics_that_need_no_network(
-    quick, statistics_alone, sets, tmp_path
+def test_statistics_without_features_serve_for_fid_and_alone_need_no_network(
+    stored, sets, monkeypatch, capsys
 ):
-    saved, score = ("--save_stats", tmp_path / "saved.npz"), "Inception Score"
-    expected = metrics(sets / "samples.npz", sets / "samples.npz", *saved)[score]
-    found = metrics(statistics_alone, tmp_path / "saved.npz", "--json", tmp_path / "found.json")
-    assert list(found) == ["Inception Score", "FID", "sFID"] and found[score] == expected
-    # No images are known of the statistics.
-    counts = {"REF images": 0, "SAMPLES images": 9}
-    assert json.loads((tmp_path / "found.json").read_text()) == found | counts
+    expected = metrics(sets / "ref.npz", sets / "samples.npz")
+    capsys.readouterr()
+    for folder in (sets, stored):  # images, and features
+        flags = ("--json", stored / f"{folder.name}.json")
+        found = metrics(stored / "alone.npz", folder / "samples.npz", *flags)
+        assert list(found) == ["Inception Score", "FID", "sFID"]
+        assert list(found.values()) == pytest.approx(list(expected.values())[:3], rel=1e-6)
+        needed = "Precision is left out: it needs more than k = 3 images of both."
+        assert needed in capsys.readouterr().err
+        # No images are known of the statistics
+        counts = {"REF images": 0, "SAMPLES images": 9}
+        assert json.loads(flags[1].read_text()) == found | counts
 
-
-def test_a_saved_reference_of_a_reference_batch_keeps_both_of_its_parts(
-    quick, sets, statistics_alone, tmp_path
-):
-    """ADM's files have the statistics of all images, and only some of the images."""
-    with np.load(statistics_alone) as stored, np.load(sets / "samples.npz") as images:
-        np.savez(tmp_path / "batch.npz", **stored, arr_0=images["arr_0"])
-    saved = ("--save_stats", tmp_path / "saved.npz")
-    first = metrics(tmp_path / "batch.npz", sets / "ref.npz", *saved)
-    assert len(first) == 5
-    assert metrics(tmp_path / "saved.npz", sets / "ref.npz") == first
-    with np.load(tmp_path / "saved.npz") as ours, np.load(statistics_alone) as stored:
-        assert all(np.array_equal(ours[name], stored[name]) for name in stored)
-        # ADM's evaluator reads these names beside arr_0; pytorch-fid the first two of them
-        # The statistics of all images do not say how those were resized, so neither do ours.
-        assert {name: x.shape for name, x in ours.items()} == {
-            **fid.STATISTICS,
-            "pool": (9, 2048),
-        }
-        # With the images added it serves there, and here as before
-        with np.load(tmp_path / "batch.npz") as batch:
-            np.savez(tmp_path / "adm.npz", **ours, arr_0=batch["arr_0"])
-    assert metrics(tmp_path / "adm.npz", sets / "ref.npz") == first
-
-
-def test_a_saved_reference_is_not_mixed_with_images_that_are_resized_otherwise(sets, weights):
-    args = (sets / "stats.npz", sets / "samples.npz", "--inception", weights)
-    with pytest.raises(fid.UserError, match="was saved with --half_pixel 0"):
-        metrics(*args, "--half_pixel", 1)
-
-
-def test_statistics_serve_as_reference_without_precision_and_recall(
-    result, weights, sets, statistics_alone, capsys
-):
-    again = metrics(statistics_alone, sets / "samples.npz", "--inception", weights)
-    assert list(again) == ["Inception Score", "FID", "sFID"]
-    assert list(again.values()) == pytest.approx(list(result.values())[:3], rel=1e-6)
-    assert (
-        "Precision is left out: it needs more than k = 3 images of both." in capsys.readouterr().err
-    )
-
-
-def test_statistics_need_neither_network_nor_images(result, statistics_alone, capsys):
-    alone = metrics(statistics_alone, statistics_alone, "--inception", "nowhere.pth")
-    assert list(alone) == ["FID", "sFID"]
-    assert max(alone.values()) < 1e-9 * result["FID"]
+    monkeypatch.setattr(fid, "load_inception", raises(AssertionError("the network is loaded")))
+    alone = metrics(stored / "alone.npz", stored / "alone.npz")
+    assert list(alone) == ["FID", "sFID"] and max(alone.values()) < 1e-9 * expected["FID"]
     needed = "Inception Score is left out: it needs images or pool features of SAMPLES."
     assert needed in capsys.readouterr().err
 
 
-def test_stored_statistics_go_before_those_of_the_images(quick, sets, tmp_path):
-    """ref.npz itself beside its statistics as they are stored next to the images of samples.npz"""
-    metrics(sets / "ref.npz", "--save_stats", tmp_path / "ref.npz")
-    with np.load(tmp_path / "ref.npz") as stored, np.load(sets / "samples.npz") as images:
-        parts = {name: stored[name] for name in fid.STATISTICS}
-        np.savez(tmp_path / "both.npz", **parts, arr_0=images["arr_0"])
-    apart = metrics(sets / "ref.npz", sets / "samples.npz")
-    both = metrics(sets / "ref.npz", tmp_path / "both.npz")
-    assert both["FID"] < 1e-6 * apart["FID"] and both["sFID"] < 1e-6 * apart["sFID"]
-    assert both["Precision"] == apart["Precision"]
+def test_of_a_reference_batch_both_parts_serve_and_are_saved(stored, sets):
+    """ADM's files have the statistics of all images, and only some of the images."""
+    with np.load(stored / "alone.npz") as statistics, np.load(sets / "samples.npz") as images:
+        np.savez(stored / "batch.npz", **statistics, **images)
+        saved = ("--save_stats", stored / "saved.npz")
+        first = metrics(stored / "batch.npz", sets / "ref.npz", *saved)
+        apart = metrics(sets / "samples.npz", sets / "ref.npz")
+        assert first["FID"] < 1e-6 * apart["FID"] and first["sFID"] < 1e-6 * apart["sFID"]
+        assert (first["Precision"], first["Recall"]) == (apart["Precision"], apart["Recall"])
+        assert metrics(stored / "saved.npz", sets / "ref.npz") == first
+        with np.load(stored / "saved.npz") as ours:
+            assert all(np.array_equal(ours[name], statistics[name]) for name in statistics)
+            # ADM's evaluator reads these names beside arr_0; pytorch-fid the first two of them
+            # The statistics of all images do not say how those were resized, so neither do ours.
+            names = {name: x.shape for name, x in ours.items()}
+            assert names == fid.STATISTICS | {"pool": (9, 2048)}
+            # With the images added it serves there, and here as before
+            np.savez(stored / "adm.npz", **ours, **images)
+    assert metrics(stored / "adm.npz", sets / "ref.npz") == first
 
 
 @pytest.mark.slow
@@ -576,17 +532,6 @@ def test_any_number_of_ranks_gives_the_same(result, weights, sets, ranks, ref):
     # 11 and 9 images in batches of 4: three batches, so that of four ranks one has none
     found = metrics(sets / ref, sets / "samples", "--inception", weights, ranks=ranks)
     assert found == pytest.approx(result, rel=1e-5)
-
-
-def test_npz_is_read_alike_stored_or_deflated_whole_or_by_ranks(tmp_path):
-    images = random_images(5, 10, 8)
-    for save, name in ((np.savez, "stored.npz"), (np.savez_compressed, "deflated.npz")):
-        save(tmp_path / name, arr_0=images, arr_1=np.arange(10))
-        _, count, batches = open_set(tmp_path / name)
-        assert count == 10
-        for spans in ([(0, 4), (4, 8), (8, 10)], [(3, 6), (9, 10)]):
-            for (start, stop), batch in zip(spans, batches(spans), strict=True):
-                assert np.array_equal(batch, images[start:stop])
 
 
 def test_folders_are_recursive_and_rgb(tmp_path, capsys):
@@ -683,6 +628,8 @@ def test_a_folder_without_images_and_no_folder_are_named(tmp_path):
     for name, error in (("nowhere", FileNotFoundError), ("set/notes.txt", NotADirectoryError)):
         with pytest.raises(error, match=name):
             fid.list_images(tmp_path / name)
+    with pytest.raises(fid.UserError, match="a.png is neither a folder nor a .npz file"):
+        open_set("a.png")
 
 
 # pictures
@@ -800,24 +747,18 @@ def test_an_image_that_is_too_large_or_missing_is_named(tmp_path, monkeypatch):
 # the order of the images, and how they were resized
 
 
-def class_folders(root, classes=3, count=4):
-    """Images of a color a class, of which a fixed order of names puts a class into each split."""
-    colors = np.random.RandomState(0).randint(0, 256, (classes, 3))
-    images = np.zeros((classes * count, 8, 8, 3), np.uint8)
-    for i in range(classes * count):
-        images[i] = colors[i // count]
-        path = root / f"class{i // count}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[i]).save(path)
-    np.savez(root.with_suffix(".npz"), arr_0=images)
-    return images
-
-
 def test_the_score_of_a_folder_is_in_random_order_that_of_a_npz_in_its_own(
     quick, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(fid, "SPLIT_SIZE", 4)
-    images = class_folders(tmp_path / "set", classes=9)  # with names in the order 0, 1, 2, ..., 10
+    # Nine classes of four images each, all of one color; the order of names is 0, 1, 2, ..., 10
+    colors = np.random.RandomState(0).randint(0, 256, (9, 1, 1, 3)).astype(np.uint8)
+    images = np.tile(colors.repeat(4, 0), (1, 8, 8, 1))
+    for i, image in enumerate(images):
+        path = tmp_path / "set" / f"class{i // 4}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    np.savez(tmp_path / "set.npz", arr_0=images)
     folder = metrics(tmp_path / "set", tmp_path / "set", "--save_stats", tmp_path / "saved.npz")
     npz = metrics(tmp_path / "set", tmp_path / "set.npz")
     assert npz["Inception Score"] == pytest.approx(1)
@@ -834,52 +775,40 @@ def test_the_score_of_a_folder_is_in_random_order_that_of_a_npz_in_its_own(
     assert saved["Inception Score"] == folder["Inception Score"]
 
 
-@pytest.mark.parametrize("count, last", [(4, None), (8, None), (9, 1), (10, None), (3, None)])
-def test_a_short_last_split_gets_a_line(quick, monkeypatch, capsys, count, last):
+@pytest.mark.parametrize("count, short", [(3, 0), (4, 0), (8, 0), (9, 1), (10, 0)])
+def test_a_short_last_split_gets_a_line(quick, monkeypatch, capsys, count, short):
     monkeypatch.setattr(fid, "SPLIT_SIZE", 4)
     pool = np.random.RandomState(0).rand(count, 2048).astype(np.float32)
     found = fid.compute_metrics(quick, {"pool": pool}, {"pool": pool}, torch.device("cpu"))
     score = fid.inception_score(quick.probs(torch.from_numpy(pool)), 4)
     assert found["Inception Score"] == pytest.approx(score)
     said = capsys.readouterr().err
-    assert said.count("The last split of the Inception Score has 1 of 4 images") == (last == 1)
-    assert said.count("last split") == bool(last)
-
-
-def labels_of(path):
-    with np.load(path) as arrays:
-        return [int(arrays["half_pixel"])] if "half_pixel" in arrays else []
+    assert said.count("The last split of the Inception Score has 1 of 4 images") == short
+    assert said.count("last split") == short
 
 
 @pytest.mark.parametrize("half_pixel", [0, 1])
 def test_statistics_of_others_stay_without_a_label(quick, tmp_path, capsys, half_pixel):
-    stored = {name: np.random.RandomState(0).rand(*fid.STATISTICS[name]) for name in ("mu", "mu_s")}
-    stored |= {"sigma": np.eye(2048), "sigma_s": np.eye(2023)}
-    np.savez(tmp_path / "theirs.npz", mu=stored["mu"], sigma=stored["sigma"])
+    mu = np.random.RandomState(0).rand(2048)
+    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=np.eye(2048))
     saved = ("--save_stats", tmp_path / "saved.npz", "--half_pixel", half_pixel)
     assert metrics(tmp_path / "theirs.npz", *saved) == {}
     said = capsys.readouterr().err.splitlines()
     (line,) = [line for line in said if "theirs.npz does not say" in line]
     assert ("if they are pytorch-fid's, add --half_pixel 1" in line) == (half_pixel == 0)
-    assert labels_of(tmp_path / "saved.npz") == []
     with np.load(tmp_path / "saved.npz") as ours:
-        assert np.array_equal(ours["mu"], stored["mu"])
-    # also beside features that are computed here
-    images = random_images(0, 5, 8)
-    np.savez(tmp_path / "both.npz", **stored, arr_0=images)
-    saved = ("--save_stats", tmp_path / "saved2.npz", "--half_pixel", half_pixel)
-    metrics(tmp_path / "both.npz", *saved)
-    assert labels_of(tmp_path / "saved2.npz") == []
+        assert ours.files == ["mu", "sigma"] and np.array_equal(ours["mu"], mu)
 
 
 @pytest.mark.parametrize("half_pixel", [0, 1])
-def test_what_is_computed_keeps_its_label(quick, tmp_path, capsys, half_pixel):
-    class_folders(tmp_path / "set")
-    for name in ("set", "set.npz"):
+def test_what_is_computed_keeps_its_label(quick, sets, tmp_path, capsys, half_pixel):
+    for name in ("samples", "samples.npz"):
         saved, again = tmp_path / f"{name}1.npz", tmp_path / f"{name}2.npz"
-        metrics(tmp_path / name, "--save_stats", saved, "--half_pixel", half_pixel)
+        metrics(sets / name, "--save_stats", saved, "--half_pixel", half_pixel)
         metrics(saved, "--save_stats", again, "--half_pixel", half_pixel)
-        assert labels_of(saved) == labels_of(again) == [half_pixel]
+        for path in (saved, again):
+            with np.load(path) as arrays:
+                assert arrays["half_pixel"] == half_pixel
         with pytest.raises(fid.UserError, match=f"was saved with --half_pixel {half_pixel}"):
             metrics(saved, saved, "--half_pixel", 1 - half_pixel)
     assert "does not say" not in capsys.readouterr().err
@@ -889,47 +818,39 @@ def test_what_is_computed_keeps_its_label(quick, tmp_path, capsys, half_pixel):
 
 
 @pytest.mark.parametrize("flag", ["--json", "--save_stats"])
-def test_nothing_is_replaced(sets, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr(fid, "join_processes", raises(AssertionError("the work has begun")))
-    (tmp_path / "ref.npz").write_bytes((sets / "ref.npz").read_bytes())
-    (tmp_path / "link.json").symlink_to("nowhere")
-    for name in ("ref.npz", "link.json", ""):
-        ref = tmp_path / "ref.npz"
-        assert "is there already" in fails(fid, ref, ref, flag, tmp_path / name)
-    assert (tmp_path / "ref.npz").read_bytes() == (sets / "ref.npz").read_bytes()
-    twice = ("--json", tmp_path / "x", "--save_stats", f"{tmp_path}/./x")
-    assert "x is there already, or named twice" in fails(fid, ref, ref, *twice)
-
-
-@pytest.mark.parametrize("flag", ["--json", "--save_stats"])
-def test_a_folder_that_is_read_only_or_missing_is_found_out_before_the_work(
+def test_a_file_that_is_there_or_cannot_be_written_is_found_out_before_the_work(
     tmp_path, monkeypatch, flag
 ):
     monkeypatch.setattr(fid, "join_processes", raises(AssertionError("the work has begun")))
-    said = fails(fid, "ref.npz", "samples.npz", flag, tmp_path / "no" / "x")
-    assert f"{tmp_path / 'no' / 'x'} cannot be written" in said
+    command = (fid, "ref.npz", "samples.npz")
+    (tmp_path / "there").write_bytes(b"before")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("there", "link", ""):
+        assert "is there already" in fails(*command, flag, tmp_path / name)
+    assert (tmp_path / "there").read_bytes() == b"before"
+    twice = ("--json", tmp_path / "x", "--save_stats", f"{tmp_path}/./x")
+    assert "x is there already, or named twice" in fails(*command, *twice)
+
+    missing = tmp_path / "no" / "x"
+    assert f"{missing} cannot be written" in fails(*command, flag, missing)
     monkeypatch.setattr(fid.os, "access", lambda folder, mode: (folder, mode) != (str(tmp_path), 2))
-    said = fails(fid, "ref.npz", "samples.npz", flag, tmp_path / "x")
-    assert f"{tmp_path / 'x'} cannot be written" in said
+    assert f"{tmp_path / 'x'} cannot be written" in fails(*command, flag, tmp_path / "x")
 
 
-def test_results_appear_whole_or_not_at_all(quick, tmp_path, monkeypatch):
-    class_folders(tmp_path / "set")
-    out = tmp_path / "out"
-    out.mkdir()
-
+def test_results_appear_whole_or_not_at_all(quick, sets, tmp_path, monkeypatch):
     def disk_is_full(file, **arrays):
         file.write(b"some of it")
-        assert not (out / "x").exists()
+        assert not (tmp_path / "x").exists()
         raise OSError(28, "No space left on device")
 
+    command = (sets / "samples", sets / "samples", "--save_stats", tmp_path / "x")
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", disk_is_full)
         with pytest.raises(OSError, match="No space left"):
-            metrics(tmp_path / "set", "--save_stats", out / "x")
-    assert list(out.iterdir()) == []
-    metrics(tmp_path / "set", tmp_path / "set", "--save_stats", out / "x", "--json", out / "y")
-    assert sorted(path.name for path in out.iterdir()) == ["x", "y"]  # names as they are given
+            metrics(*command)
+    assert list(tmp_path.iterdir()) == []
+    metrics(*command, "--json", tmp_path / "y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]  # as they are given
 
 
 def test_of_two_processes_that_write_one_file_either_copy_is_whole(tmp_path, monkeypatch):
@@ -950,39 +871,33 @@ def test_of_two_processes_that_write_one_file_either_copy_is_whole(tmp_path, mon
 # what goes wrong
 
 
-@pytest.fixture(scope="module")
-def bad_sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad_sets")
-    images = random_images(0, 4, 8)
-    np.savez(folder / "float.npz", arr_0=images.astype(np.float32))
-    np.savez(folder / "shape.npz", arr_0=images[..., 0])
-    np.savez(folder / "pickled.npz", arr_0=np.array([{}], dtype=object))
-    np.savez(folder / "pickled_mu.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2048))
-    np.savez(folder / "other.npz", images=images)
-    with zipfile.ZipFile(folder / "garbage.npz", "w") as archive:
+def npz_of(**arrays):
+    """A function that saves these arrays to a path."""
+    return lambda path: np.savez(path, **arrays)
+
+
+def garbage(path):
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", "no array")
-    (folder / "text.npz").write_text("no archive")
-    (folder / "empty").mkdir()
-    return folder
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    "save, words",
     [
-        ("float.npz", ["uint8", "float32"]),
-        ("shape.npz", ["(4, 8, 8)"]),
-        ("pickled.npz", ["object"]),
-        ("pickled_mu.npz", ["Object"]),
-        ("other.npz", ["neither arr_0 nor mu"]),
-        ("garbage.npz", ["magic"]),
-        ("text.npz", []),
-        ("empty", ["no images"]),
-        ("a.png", ["neither a folder nor a .npz file"]),
+        (npz_of(arr_0=np.zeros((4, 8, 8, 3), np.float32)), ["uint8", "float32"]),
+        (npz_of(arr_0=np.zeros((4, 8, 8), np.uint8)), ["(4, 8, 8)"]),
+        (npz_of(arr_0=np.array([{}])), ["object"]),
+        (npz_of(mu=np.array([{}]), sigma=np.eye(2048)), ["Object"]),
+        (npz_of(mu=np.zeros(2048)), ["has only one"]),
+        (npz_of(images=np.zeros((4, 8, 8, 3), np.uint8)), ["neither arr_0 nor mu"]),
+        (garbage, ["magic"]),
+        (written(b"no archive"), []),
     ],
 )
-def test_a_set_that_cannot_be_used_is_named(bad_sets, name, words):
-    said = fails(fid, bad_sets / name, "b.png", "--device cpu")
-    for word in (name, *words):
+def test_a_set_that_cannot_be_used_is_named(tmp_path, save, words):
+    save(tmp_path / "a.npz")
+    said = fails(fid, tmp_path / "a.npz", "b.png", "--device cpu")
+    for word in ("a.npz", *words):
         assert word in said
 
 
@@ -991,18 +906,19 @@ def test_statistics_that_cannot_be_used_are_refused(quick, sets, tmp_path):
         np.savez(tmp_path / "bad.npz", mu=mu, sigma=np.eye(len(mu)))
         assert words in fails(fid, tmp_path / "bad.npz", sets / "ref.npz", "--device cpu")
     np.savez(tmp_path / "one.npz", arr_0=random_images(0, 1, 8))
-    assert "2 images" in fails(fid, tmp_path / "one.npz", sets / "ref.npz", "--device cpu")
+    said = fails(fid, tmp_path / "one.npz", sets / "ref.npz", "--device cpu")
+    assert "at least 2 images, not 1" in said
 
 
-def test_a_damaged_image_is_named(tmp_path):
-    for i in range(3):
-        Image.fromarray(random_images(i, 1, 64)[0]).save(tmp_path / f"{i}.png")
+def test_a_damaged_image_is_named_and_nothing_written(quick, tmp_path, capsys):
+    for i, image in enumerate(random_images(0, 3, 64)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
     whole = (tmp_path / "1.png").read_bytes()
     for damage in (b"", b"no image", whole[: len(whole) // 2], whole[:60] + bytes(20) + whole[80:]):
         (tmp_path / "1.png").write_bytes(damage)
-        _, _, batches = open_set(tmp_path, workers=2)
-        with pytest.raises(fid.UserError, match="1.png cannot be read"):
-            list(batches([(0, 3)]))
+        flags = ("--save_stats", tmp_path / "x.npz", "--batch 1 --device cpu")
+        assert "1.png cannot be read" in fails(fid, tmp_path, *flags)
+        assert not (tmp_path / "x.npz").exists() and capsys.readouterr().out == ""
 
 
 def test_an_image_of_another_size_is_named(tmp_path):
@@ -1023,15 +939,18 @@ def spoil(path, name):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("spans", [[(0, 2), (2, 4)], [(0, 2)], [(2, 4)], []])
-def test_a_damaged_npz_is_named_by_every_process(tmp_path, monkeypatch, save, spans):
-    def seek(*args):
-        raise AssertionError("since Python 3.13 the checksum is not compared after a seek")
-
-    save(tmp_path / "a.npz", arr_0=random_images(0, 4, 64))
-    monkeypatch.setattr(zipfile.ZipExtFile, "seek", seek)
-    _, _, batches = open_set(tmp_path / "a.npz")
-    assert len(list(batches(spans))) == len(spans)
+@pytest.mark.parametrize("spans", [[(0, 4), (4, 8), (8, 10)], [(3, 6), (9, 10)], [(0, 4)], []])
+def test_every_process_has_its_images_of_a_npz_and_names_a_damaged_one(
+    tmp_path, monkeypatch, save, spans
+):
+    images = random_images(0, 10, 64)
+    save(tmp_path / "a.npz", arr_0=images, arr_1=np.arange(10))
+    # Since Python 3.13 the checksum is not compared after a seek
+    monkeypatch.setattr(zipfile.ZipExtFile, "seek", raises(AssertionError("a seek")))
+    _, count, batches = open_set(tmp_path / "a.npz")
+    assert count == 10
+    for (start, stop), batch in zip(spans, batches(spans), strict=True):
+        assert np.array_equal(batch, images[start:stop])
     spoil(tmp_path / "a.npz", "arr_0")
     with pytest.raises(fid.UserError, match="a.npz cannot be read.*CRC"):
         list(batches(spans))
@@ -1039,8 +958,7 @@ def test_a_damaged_npz_is_named_by_every_process(tmp_path, monkeypatch, save, sp
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_flipped_byte_in_a_npz_is_noticed(tmp_path, save):
-    rs = np.random.RandomState(0)
-    images = rs.randint(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    images = np.random.RandomState(0).randint(0, 256, (4, 64, 64, 3), np.uint8)
     save(tmp_path / "a.npz", arr_0=images)
     data = bytearray((tmp_path / "a.npz").read_bytes())
     data[20000] ^= 255
@@ -1061,15 +979,6 @@ def test_damaged_statistics_are_named(tmp_path, save):
 # how the command is called, and how it ends
 
 
-def misused(capsys, *flags):
-    """What argparse says about a command line."""
-    with pytest.raises(SystemExit) as stop:
-        run(fid, *flags)
-    usage, error = capsys.readouterr().err.split("fid.py: error: ")
-    assert stop.value.code == 2 and usage.startswith("usage: fid.py")
-    return error
-
-
 def test_flags_that_make_no_sense_end_with_the_usage(capsys):
     for flags, words in (
         ("r.npz", ["SAMPLES"]),
@@ -1080,15 +989,14 @@ def test_flags_that_make_no_sense_end_with_the_usage(capsys):
         ("r.npz s.npz --crop 0", ["--crop", "1 or more"]),
         ("r.npz s.npz --half_pixel 2", ["--half_pixel", "0, 1"]),
         ("r.npz s.npz --half 1", ["--half"]),
-        ("r.npz s.npz --bogus", ["--bogus"]),
         ("'' s.npz", ["REF", "empty"]),
         ("r.npz ''", ["SAMPLES", "empty"]),
         *((f"r.npz s.npz --{name} ''", [f"--{name}", "empty"]) for name in ("json", "save_stats")),
         *((f"r.npz s.npz --{name} ''", [f"--{name}", "empty"]) for name in ("inception", "device")),
     ):
-        said = misused(capsys, flags)
+        _, error = usage_error(capsys, fid, flags).split("fid.py: error: ")
         for word in words:
-            assert word in said
+            assert word in error
 
 
 @pytest.mark.parametrize(
@@ -1150,10 +1058,6 @@ def ending(main):
         fid.run_main(main)
     assert isinstance(stop.value.code, str)
     return stop.value.code
-
-
-def test_a_user_s_mistake_ends_with_its_sentence():
-    assert ending(raises(fid.UserError("a: b is c"))) == "a: b is c"
 
 
 def test_ctrl_c_ends_with_a_sentence_also_when_torchrun_sends_it_once_more(monkeypatch):
@@ -1253,24 +1157,14 @@ def test_a_process_with_a_gpu_reduces_tensors_of_both_devices(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_a_damaged_image_stops_the_command(quick, tmp_path, capsys):
-    for i, image in enumerate(random_images(0, 4)):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:100])
-    flags = ("--save_stats", tmp_path / "x.npz", "--batch 2 --device cpu")
-    assert "3.png" in fails(fid, tmp_path, *flags)
-    assert not (tmp_path / "x.npz").exists() and capsys.readouterr().out == ""
-
-
 def test_help_is_quick_narrow_and_shows_defaults():
     command, env = launch(1, "fid.py", "--help")
     start = time.time()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and time.time() - start < 15
     assert max(map(len, done.stdout.splitlines())) <= 100
-    places = [
-        done.stdout.index(word) for word in ("torchrun", "REF  ", "--json FILE  ", "--batch N  ")
-    ]
+    parts = ("torchrun", "REF  ", "--json FILE  ", "--batch N  ")
+    places = [done.stdout.index(part) for part in parts]
     assert places == sorted(places)
     assert "(default: 64)" in done.stdout
 
@@ -1284,19 +1178,17 @@ def test_frechet_distance_of_2048_dimensions_is_sqrtm_s():
     assert fid.frechet_distance(*one, *two) == pytest.approx(definition(*one, *two), rel=1e-6)
 
 
-PEAK = """
+def peak_growth(body):
+    """The MiB that a program prints, which has fid and peak(), the most memory so far."""
+    code = f"""
 import resource, sys, types, torch
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import fid
 def peak():
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 {body}
 """
-
-
-def peak_growth(body):
-    code = PEAK.format(root=str(ROOT), body=body)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
