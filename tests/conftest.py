@@ -233,3 +233,14 @@ def tiny_vmae(tmp_path_factory):
     out = tmp_path_factory.mktemp("vmae")
     run(train_ae, "--out", out, TINY_VIT, "--steps 20")
     return out / "ckpt.pt"
+
+
+@pytest.fixture(scope="session")
+def tiny_dit(tiny_vmae, tmp_path_factory):
+    """The checkpoint of a DiT trained for 8 steps on the digits."""
+    import train_dit
+
+    out = tmp_path_factory.mktemp("dit")
+    few = "--batch 16 --log_every 1 --ckpt_every 4 --steps 8 --sample_steps 4"
+    run(train_dit, "--out", out, *latents_of(tiny_vmae), few)
+    return out / "ckpt.pt"

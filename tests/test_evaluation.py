@@ -513,13 +513,16 @@ def test_a_numbered_file_of_the_first_stage_starts_the_last_one(tmp_path):
 
 @pytest.mark.parametrize("kl", [0.0, 1e-3])
 def test_a_tuned_decoder_keeps_the_latent_of_its_first_stage_random_or_not(tmp_path, kl):
-    first, tuned = tmp_path / "first", tmp_path / "tuned"
-    run(train_ae, "--out", first, TINY_VIT, f"--steps 1 --kl {kl}")
-    command = ("--out", tuned, "--tune_decoder --schedule constant --init", first / "ckpt.pt")
+    first, tuned = tmp_path / "first" / "ckpt.pt", tmp_path / "tuned"
+    run(train_ae, "--out", first.parent, TINY_VIT, f"--steps 1 --kl {kl}")
+    command = ("--out", tuned, "--tune_decoder --schedule constant --init", first)
+    x, start = normal(0, 2, 3, 32, 32), ae.load(first)
 
     def found():
         net = ae.load(tuned / "ckpt.pt")
-        posterior = net.encode(normal(0, 2, 3, 32, 32))
+        assert not torch.equal(net.decoder_norm.bias, start.decoder_norm.bias)
+        posterior = net.encode(x)
+        assert torch.equal(posterior.mode(), start.encode(x).mode())
         assert net.deterministic == torch.equal(posterior.sample(), posterior.mode())
         return net.args["kl"], net.deterministic
 
