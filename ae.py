@@ -521,8 +521,9 @@ class MAE(Autoencoder):
         tokens = tokens + self.decoder_pos_embed
 
         patches = self.decoder_pred["linear_pred"](self.decoder_norm(self.decoder_blocks(tokens)))
+        # Patches to their places: (B, h, w, p, p, 3) -> (B, 3, h, p, w, p) -> (B, 3, H, W).
         patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, 3)
-        images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, 3, H, W)
+        images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return self.decoder_pred["conv_smoother"](images)
 
     def encode(self, x):
@@ -584,13 +585,13 @@ class VMAE(MAE):
     The last stage, which tunes the decoder on MSE + 10 LPIPS, is the same objective with mask_ratio
     0 and other weights.
 
-    The KL pulls the variance alone, towards prior_std^2. The release has its weight beside a
+    The KL pulls the variance alone, towards prior_std^2. Its weight is the release's, which has a
     prior_std of 1e-3; the main paper has unit variance and gives no weight. With unit variance it
     hardly acts: the posterior's std stays near 2% of its channel's (tests/RESULTS.md has other
     weights).
     """
 
-    # The release's script asks for 0.75 visible and never passes it on.
+    # The release's script sets another weight of the visible term, 0.75, but never passes it on.
     weights = {"visible": 0.5, "masked": 0.5, "kl": 1e-6, "lpips": 0.5}
 
     def __init__(self, *, prior_std=1.0, **kwargs):  # main paper; the release's script has 1e-3

@@ -210,6 +210,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
         x = self.final_layer(x, c)  # (B, L, p * p * C)
+        # Patches to their places: (B, h, w, p, p, C) -> (B, C, h, p, w, p) -> (B, C, H, W).
         x = x.unflatten(-1, (p, p, -1)).unflatten(1, (self.grid, self.grid))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -254,7 +255,7 @@ SAMPLING = dict(
     steps=250,  # [S] Euler steps; the release's integrator evaluates 249 times
     cfg_scale=10.0,  # [R] guidance scale; 1 is no guidance, as for a single class
     cfg_channels=3,  # [R] latent channels that are guided, the first ones
-    cfg_start=0.1,  # [R] shifted t from which guidance applies
+    cfg_start=0.1,  # [R] t, on the shifted grid, from which guidance applies
     shift=0.3,  # [R] of the time grid; below 1 there are more steps near the noise
 )
 
@@ -272,12 +273,12 @@ def sample(
 ):
     """Euler's method: noise (B, C, H, W), classes y (B,) -> normalised latents (B, C, H, W).
 
-    `steps` evaluations on a grid of steps + 1 times, which the shift s bends:
-    t' = s t / (1 + (s - 1) t). With cfg_scale > 1, a step is guided if its starting time
-    t' >= cfg_start; the others take the conditional velocity.
+    `steps` evaluations on a grid of steps + 1 times, u = 0, 1/steps, ..., 1, which the shift s
+    bends: t = s u / (1 + (s - 1) u). With cfg_scale > 1, a step is guided if its starting time
+    t >= cfg_start; the others take the conditional velocity.
     """
     uniform = [i / steps for i in range(steps + 1)]
-    grid = [shift * t / (1 + (shift - 1) * t) for t in uniform]
+    grid = [shift * u / (1 + (shift - 1) * u) for u in uniform]
     x = noise.float()
     for t, t_next in itertools.pairwise(grid):
         if cfg_scale > 1 and t >= cfg_start:
@@ -362,5 +363,6 @@ def config_of(weights, info):
         "num_heads": hidden_size // weights["feat_rope.freqs_cos"].shape[1],
         "num_classes": num_classes,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        # Above 0: the model has a null class. The value itself matters in training alone.
         "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
     }

@@ -91,8 +91,8 @@ VIT = dict(  # VMAE; that MAE is trained in the same way is our choice
     betas=[0.9, 0.95],  # [R] AdamW
     weight_decay=0.05,  # [R] of all but biases and norms
     ckpt_every=500,  # [O]
-    # Beyond these the release trains in float16, has LPIPS in training mode, so that its dropout
-    # acts, and judges smoothness with the latents' std over the training images.
+    # Further differences of the release: it trains in float16, has LPIPS in training mode, so that
+    # its dropout acts, and judges smoothness with the latents' std over the training images.
 )
 SDVAE = dict(
     image_size=256,  # [O]
@@ -370,9 +370,9 @@ def train(args):
     log = Log(args, first_step)
     for step in range(first_step, args.steps + 1):
         # Masks and noise are drawn for the global batch, and each micro-batch takes its rows: more
-        # processes or smaller micro-batches change the speed, not the run. SD-VAE is the exception:
-        # D's batch norm and the adaptive weight see one micro-batch at a time. (Order, flips and
-        # crops of the images have keys of their own, see training_order.)
+        # processes or smaller micro-batches change the rounding alone. SD-VAE is the exception: D's
+        # batch norm and the adaptive weight see one micro-batch at a time. (The order of the images
+        # and their flips have keys of their own, see training_order; so have crops, see augment.)
         rng = generator(device, sample.STEP, args.seed, step)
         randomness = net.randomness(args.batch, args.image_size, rng)
         with_disc = adversarial and step >= args.disc_start
@@ -427,7 +427,7 @@ def train(args):
                 states["disc"] = disc.state_dict()
                 states["disc_optimizer"] = disc_optimizer.state_dict()
             save_reconstructions(args, net, preview, picture)
-            log.show(picture, step)
+            log.add_picture(picture, step)
             save(args, step, images, numbered, states)
             log.restart_clock(step)  # images/s are those of training alone
 
@@ -672,7 +672,7 @@ def default_workers(data):
 
 
 def check_run(args, images, ckpt):
-    """The step that the run begins or goes on with; the log's lines from it on are dropped.
+    """The step that the run begins or goes on with.
 
     Raises UserError if the settings or images of ckpt were others, and if the processes do not see
     the same images and the same checkpoint.
@@ -695,9 +695,6 @@ def check_run(args, images, ckpt):
             f"the processes see different images in --data, or a different checkpoint in "
             f"{args.out}: both must be the same on all nodes"
         )
-    log_file = Path(args.out, "log.jsonl")
-    if rank == 0 and log_file.exists():
-        trim_log(log_file, first_step)
     return first_step
 
 
@@ -722,18 +719,6 @@ def compare_with(ckpt, args, images):
                 f"--resume: the run in {args.out} has --{name} {saved[name]}, not {now[name]}"
             )
     return [f"--{name} {now[name]}" for name in changed if name != "resume"]
-
-
-def trim_log(path, first_step):
-    """Drop the lines of a log from first_step on, which come again, and a broken one, as a run that
-    was killed leaves it."""
-    kept = []
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] < first_step:
-                kept.append(line + b"\n")
-    with whole_file(path) as file:
-        file.writelines(kept)
 
 
 def describe(args, images, net, peak_lr, warmup_steps=0):
@@ -814,10 +799,13 @@ class Log:
 
     A line has the mean of each number that was added since the last line: over steps, micro-batches
     and processes, without values that are not finite. All processes must add the same names.
+    A run that goes on begins by dropping the lines from first_step on: those steps are run again.
     """
 
     def __init__(self, args, first_step):
-        self.args = args
+        self.args, self.path = args, Path(args.out, "log.jsonl")
+        if rank_and_world()[0] == 0 and self.path.exists():
+            trim_log(self.path, first_step)
         self.numbers = defaultdict(list)  # on the device, by name
         self.skipped_in_row = 0  # steps up to the last line
         self.writer = None
@@ -870,7 +858,7 @@ class Log:
             # JSON has no NaN, the mean of no finite values.
             line = {name: None if math.isnan(value) else value for name, value in line.items()}
             line = {"step": step, **line, "images_per_s": images_per_s, "seconds_left": left}
-            with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
         # The ones at the end of the list are skipped steps in a row.
@@ -886,11 +874,23 @@ class Log:
         self.numbers.clear()
         self.restart_clock(step)
 
-    def show(self, picture, step):
-        """Give a picture that has been saved to TensorBoard."""
+    def add_picture(self, picture, step):
+        """With --tensorboard, add a picture that has been saved."""
         if self.writer:
             pixels = np.asarray(Image.open(picture))
             self.writer.add_image(os.path.basename(picture), pixels, step, dataformats="HWC")
+
+
+def trim_log(path, first_step):
+    """Drop the lines of a log from first_step on, and a broken one, as a run that was killed leaves
+    it."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + b"\n")
+    with whole_file(path) as file:
+        file.writelines(kept)
 
 
 def save(args, step, images, numbered, content):
@@ -969,7 +969,7 @@ def crop_and_flip(size, image, index, epoch, flip):
 def augment(size, seed, image, index, epoch, flip):
     """A transform of Batches: a random crop by (seed, epoch, index), flipped if the key says so.
 
-    torchvision's RandomResizedCrop of 75 to 100% of the area, resized bicubically.
+    torchvision's RandomResizedCrop of 75 to 100% of the area, resized bicubically [R].
     """
     # get_params draws from the default generator.
     torch.default_generator.manual_seed(sample.seed_of(sample.CROP, seed, epoch, index))

@@ -142,11 +142,10 @@ def train(args):
         # weights, too, have faded to a share of e^-6 at its end.
         args.ema = max(0.0, min(0.9999, 1 - 6 / args.steps))
 
-    # What the run begins with: the autoencoder; the DiT to start from, if any; and info, which may
-    # have the statistics of the latents.
-    start, info, stats = None, {}, args.stats
+    # What the run begins with: the autoencoder; the DiT to start from, if any; and info, the content
+    # of ckpt, else of the file of --init, else nothing.
+    start, info = None, ckpt or {}
     if ckpt:
-        info, stats = ckpt, None
         autoencoder = ae.from_checkpoint(ckpt["autoencoder"])
     else:
         if args.init:
@@ -198,7 +197,8 @@ def train(args):
         for x, labels in train_ae.load_batches(dataset, keys, args.workers, device):
             yield x.float() if args.cache else encode(autoencoder, x), labels
 
-    # The statistics that normalise the latents.
+    # The statistics that normalise the latents. A run that goes on has its own.
+    stats = None if ckpt else args.stats
     if "latent_mean" in info or stats:
         latent_mean, latent_std = sample.load_statistics(info, args.init, stats)
     else:
@@ -232,13 +232,13 @@ def train(args):
     log = train_ae.Log(args, first_step)
     for step in range(first_step, args.steps + 1):
         # Noises, times and dropped labels are drawn for the global batch, by (seed, step), and each
-        # micro-batch takes its rows: more processes or smaller micro-batches change the speed, not
-        # the run. Which images a step has, and which are flipped, is train_ae.training_order's;
+        # micro-batch takes its rows: more processes or smaller micro-batches change the rounding
+        # alone. Which images a step has, and which are flipped, is train_ae.training_order's;
         # nothing else is random.
         rng = {"generator": generator(device, sample.STEP, args.seed, step), "device": device}
         posterior_noise = torch.randn(args.batch, channels, size, size, **rng)
         noise = torch.randn(args.batch, channels, size, size, **rng)
-        t = torch.randn(args.batch, **rng).sigmoid()
+        t = torch.randn(args.batch, **rng).sigmoid()  # [R] logit-normal times
         dropped = torch.rand(args.batch, **rng) < net.class_dropout_prob
 
         for rows in slices:
@@ -272,23 +272,21 @@ def train(args):
         if rank == 0 and (numbered or step % args.ckpt_every == 0 or step == args.steps):
             if numbered or step == args.steps:
                 save_samples()
-                log.show(picture, step)
-            ckpt = {
-                # For --resume:
-                "model": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                # For sample.py and --init, which read them with dit.load, and for --resume; but the
-                # names are not for --resume, the settings of sampling not for --init:
-                "class_names": images.classes,
-                "ema": ema.state_dict(),
-                "latent_mean": latent_mean.flatten(),
-                "latent_std": latent_std.flatten(),
-                "sampling": sampling,
+                log.add_picture(picture, step)
+            content = {  # and who reads it; sample.py and --init do so with dit.load
+                "model": net.state_dict(),  # --resume
+                "optimizer": optimizer.state_dict(),  # --resume
+                "ema": ema.state_dict(),  # sample.py, --init, --resume
+                "class_names": images.classes,  # sample.py, --init
+                "latent_mean": latent_mean.flatten(),  # sample.py, --init, --resume
+                "latent_std": latent_std.flatten(),  # sample.py, --init, --resume
+                "sampling": sampling,  # sample.py, --resume
+                # sample.py, --init, --resume
                 "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
             }
-            # save adds "step" and the fingerprint of the images, for --resume, and "args": --resume
-            # compares them, and --init finds the network's sizes there.
-            train_ae.save(args, step, images, numbered, ckpt)
+            # save adds "step" and the fingerprint of the images, for --resume, and "args", where
+            # --init and --resume find the network's sizes; --resume compares the others.
+            train_ae.save(args, step, images, numbered, content)
             log.restart_clock(step)  # images/s are those of training alone
 
     if rank == 0:
@@ -363,7 +361,7 @@ def encode(autoencoder, x):
 
 def latent_statistics(args, images, load_moments, autoencoder):
     """Mean and unbiased std (C, 1, 1) per channel; a sample each of 10,000 random images, which are
-    not flipped."""
+    not flipped, as in LightningDiT."""
     rank, world = rank_and_world()
     n = len(images)
     seed = sample.seed_of(sample.STATISTICS, args.seed)
@@ -376,7 +374,7 @@ def latent_statistics(args, images, load_moments, autoencoder):
     bar = tqdm(mine, "latent statistics", unit="batch", disable=rank > 0)
     for k, (moments, _) in zip(bar, load_moments(keys), strict=True):
         posterior = ae.Posterior(moments, autoencoder.deterministic)
-        rng = generator(device, sample.STATISTICS, args.seed, 1, k)  # 1: not the key above
+        rng = generator(device, sample.STATISTICS, args.seed, 1, k)  # (0, 0) is the key above
         noise = torch.randn(posterior.mean.shape, generator=rng, device=device)
         statistics.update(posterior.sample(noise).transpose(0, 1).flatten(1).T)  # (B * h * w, C)
     mean, covariance = statistics.finish()
