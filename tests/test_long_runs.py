@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pickle
 import random
@@ -53,13 +54,6 @@ def start(processes, script, *flags):
     )
 
 
-def ends_well(process, seconds=300):
-    """Wait for a process that has to succeed, and return what it printed."""
-    stdout, stderr = process.communicate(timeout=seconds)
-    assert process.returncode == 0, stderr
-    return stdout
-
-
 def wait_for(out, lines, process):
     """Wait until this many steps are logged; fails if the run ends before that."""
     log, deadline = Path(out) / "log.jsonl", time.time() + 120
@@ -102,16 +96,18 @@ def test_runs_killed_at_random_steps_end_in_the_same_bits(tmp_path, model, proce
         settings = "--batch 8 --ckpt_every 2 --schedule constant --warmup 0 --steps 40 --resume"
         command = ("train_ae.py", tiny(model), SMALL, settings)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    ends_well(start(processes, *command, "--out", whole))
+    together(processes, *command, "--out", whole)
     rng, done = random.Random(processes), 0
     for _ in range(4 if model == "dit" else 3):
         process = start(processes, *command, "--out", killed)
         wait_for(killed, min(39, done + rng.randint(1, 9)), process)
         time.sleep(rng.random() * 0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun's processes have sessions of their own. It hands SIGTERM on, which is as abrupt
+        os.killpg(process.pid, signal.SIGKILL if processes == 1 else signal.SIGTERM)
         process.communicate()
         done = len(log_of(killed))
-    ends_well(start(processes, *command, "--out", killed))
+        assert done < 40
+    together(processes, *command, "--out", killed)
     assert same(content(whole / "ckpt.pt"), content(killed / "ckpt.pt"))
     assert without_times(whole) == without_times(killed) and len(without_times(whole)) == 40
 
@@ -121,62 +117,37 @@ def test_a_run_goes_on_with_another_number_of_processes_to_rounding(tmp_path):
     flags = f"{TINY_VIT} {SMALL} --schedule constant"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(train_ae, "--out", whole, flags, "--steps 6")
-    ends_well(start(2, "train_ae.py", "--out", cut, flags, "--steps 3"))
+    together(2, "train_ae.py", "--out", cut, flags, "--steps 3")
     run(train_ae, "--out", cut, flags, "--resume --steps 6")
-    assert 0 <= difference(whole, cut) < 1e-5
+    assert difference(whole, cut) < 1e-5
     assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 4, 5, 6]
 
 
 # ---- checkpoints ----
 
 
-def damage(path, how):
-    """Truncate, empty or remove a file, or flip the bits of one byte in its middle."""
-    data = bytearray(path.read_bytes())
-    if how == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "missing":
-        path.unlink()
-    else:
-        # The byte lies inside a tensor: the file still opens
-        data[len(data) // 2] ^= 255
-        path.write_bytes(data)
-
-
-@pytest.mark.parametrize("how", ["truncated", "empty", "missing", "flipped"])
-def test_without_a_good_checkpoint_a_sentence_says_so_and_a_numbered_one_goes_on(tmp_path, how):
+def test_without_a_good_checkpoint_a_sentence_says_so_and_a_numbered_one_goes_on(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = f"{TINY_VIT} {SMALL} --schedule constant --keep_every 2"
+    ckpt, numbered, flags = cut / "ckpt.pt", cut / "ckpt-0000002.pt", f"{TINY_VIT} {SMALL}"
+    flags += " --schedule constant --keep_every 2"
     run(train_ae, "--out", whole, flags, "--steps 6")
     run(train_ae, "--out", cut, flags, "--steps 3")
-    damage(cut / "ckpt.pt", how)
-    log = (cut / "log.jsonl").read_bytes()
-    message = fails(train_ae, "--out", cut, flags, "--resume --steps 6")
-    missing = f"{cut} has no ckpt.pt: to go on from ckpt-0000002.pt, copy it to ckpt.pt"
-    assert (missing if how == "missing" else f"{cut}/ckpt.pt cannot be read") in message
+    again = ("--out", cut, flags, "--resume --steps 6")
+    log, data = (cut / "log.jsonl").read_bytes(), ckpt.read_bytes()
+    half = len(data) // 2
+    # A byte inside a tensor: the file still opens
+    flipped = data[:half] + bytes([data[half] ^ 255]) + data[half + 1 :]
+    for damaged in (data[:half], b"", flipped):
+        ckpt.write_bytes(damaged)
+        assert f"{ckpt} cannot be read" in fails(train_ae, *again)
+    ckpt.unlink()
+    missing = f"{cut} has no ckpt.pt: to go on from {numbered.name}, copy it to ckpt.pt"
+    assert missing in fails(train_ae, *again)
     assert (cut / "log.jsonl").read_bytes() == log
-    shutil.copy(cut / "ckpt-0000002.pt", cut / "ckpt.pt")
-    run(train_ae, "--out", cut, flags, "--resume --steps 6")
-    assert same(content(whole / "ckpt.pt"), content(cut / "ckpt.pt"))
+    shutil.copy(numbered, ckpt)
+    run(train_ae, *again)
+    assert same(content(whole / "ckpt.pt"), content(ckpt))
     assert without_times(whole) == without_times(cut)
-
-
-def test_pictures_are_written_before_their_checkpoint(tmp_path, monkeypatch):
-    save_grid, flags = sample.save_grid, f"{TINY_VIT} {SMALL} --ckpt_every 2"
-
-    def full(*args):
-        monkeypatch.setattr(sample, "save_grid", broken)
-        save_grid(*args)
-
-    def broken(*args):
-        raise OSError("recon.png: no space left")
-
-    monkeypatch.setattr(sample, "save_grid", full)
-    with pytest.raises(OSError, match="no space"):
-        run(train_ae, "--out", tmp_path, flags, "--steps 4")
-    assert read(tmp_path / "ckpt.pt")["step"] == 2
 
 
 def test_no_room_for_a_checkpoint_costs_the_new_one_alone(tmp_path):
@@ -263,14 +234,14 @@ if rank == 0:
 # ---- steps: not finite ones, gradients, what the log says ----
 
 
-def poison(monkeypatch, steps, value=float("nan")):
-    """Multiply VMAE's loss by `value` in these forward passes, counted from 1."""
+def poison(monkeypatch, factors):
+    """Multiply VMAE's loss in some forward passes: {number of the pass, from 1: factor}."""
     forward, count = ae.VMAE.forward, [0]
 
     def poisoned(self, *args, **kwargs):
         loss, terms, x_hat = forward(self, *args, **kwargs)
         count[0] += 1
-        return (loss * value if count[0] in steps else loss), terms, x_hat
+        return loss * factors.get(count[0], 1), terms, x_hat
 
     monkeypatch.setattr(ae.VMAE, "forward", poisoned)
 
@@ -281,17 +252,17 @@ def changed_at(out, step):
     return {key for key in after if not same(before[key], after[key])}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, value):
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     flags = f"{TINY_VIT} {SMALL} --schedule constant --warmup 0 --keep_every 1"
-    # One micro-batch of two is enough
-    poison(monkeypatch, {8}, value)
+    # One micro-batch of two is enough, and so is a norm that overflows
+    poison(monkeypatch, {8: math.nan, 10: math.inf, 11: 1e30})
     run(train_ae, "--out", tmp_path, flags, "--steps 4 --micro_batch 8")
     assert changed_at(tmp_path, 3) == {"model", "optimizer", "step"}
     assert changed_at(tmp_path, 4) == {"step"}
-    run(train_ae, "--out", tmp_path, flags, "--resume --steps 6")
-    assert [line["skipped"] for line in log_of(tmp_path)] == [0, 0, 0, 1, 0, 0]
+    run(train_ae, "--out", tmp_path, flags, "--resume --steps 7")
+    assert [line["skipped"] for line in log_of(tmp_path)] == [0, 0, 0, 1, 0, 1, 1]
     assert changed_at(tmp_path, 5) == {"model", "optimizer", "step"}
+    assert changed_at(tmp_path, 6) == changed_at(tmp_path, 7) == {"step"}
 
 
 def test_a_dit_step_that_is_not_finite_leaves_the_ema_alone(tmp_path, monkeypatch, tiny_vmae):
@@ -299,7 +270,7 @@ def test_a_dit_step_that_is_not_finite_leaves_the_ema_alone(tmp_path, monkeypatc
 
     def poisoned(*args):
         count[0] += 1
-        return loss(*args) * (float("nan") if count[0] == 4 else 1)
+        return loss(*args) * (math.nan if count[0] == 4 else 1)
 
     monkeypatch.setattr(dit, "flow_loss", poisoned)
     flags = f"{DIT} --schedule constant --keep_every 1 --steps 4"
@@ -316,12 +287,12 @@ def test_neither_of_sdvae_s_players_moves_whichever_is_not_finite(tmp_path, monk
     def poisoned(self, *args, **kwargs):
         loss, terms, x_hat = forward(self, *args, **kwargs)
         count[0] += 1
-        nan = float("nan") if count[0] == 3 else 1
+        nan = math.nan if count[0] == 3 else 1
         loss = loss * nan if where == "loss" else loss
         return loss, terms, x_hat * nan if where == "reconstruction" else x_hat
 
     def poisoned_disc(*args):
-        nan = float("nan") if count[0] == 3 and where == "discriminator" else 1
+        nan = math.nan if count[0] == 3 and where == "discriminator" else 1
         return disc_loss(*args) * nan
 
     monkeypatch.setattr(ae.SDVAE, "forward", poisoned)
@@ -351,7 +322,7 @@ train_ae.main()
 """)
     out = tmp_path / "out"
     flags = f"{TINY_VIT} {SMALL} --schedule constant --warmup 0 --keep_every 1 --steps 3"
-    ends_well(start(2, driver, "--out", out, flags))
+    together(2, driver, "--out", out, flags)
     assert changed_at(out, 2) == {"model", "optimizer", "step"} and changed_at(out, 3) == {"step"}
     lines = log_of(out)
     assert [line["skipped"] for line in lines] == [0, 0, 1]
@@ -359,7 +330,7 @@ train_ae.main()
 
 
 def test_twenty_in_a_row_stop_the_run_with_the_last_good_checkpoint_intact(tmp_path, monkeypatch):
-    poison(monkeypatch, {3, *range(5, 100)})
+    poison(monkeypatch, dict.fromkeys([3, *range(5, 100)], math.nan))
     flags = f"{TINY_VIT} {SMALL} --ckpt_every 4 --schedule constant --warmup 0"
     message = fails(train_ae, "--out", tmp_path, flags, "--steps 60")
     assert "20 steps in a row" in message and "--grad_clip" in message and "--resume" in message
@@ -404,10 +375,14 @@ def test_the_log_says_means_since_its_last_line(tmp_path, monkeypatch, model):
     for name, every in (("each", 1), ("means", 3)):
         with monkeypatch.context() as patch:
             # The second micro-batch of step 5
-            poison(patch, {10})
+            poison(patch, {10: math.nan})
             run(train_ae, "--out", tmp_path / name, flags, f"--log_every {every}")
     each, means = log_of(tmp_path / "each"), log_of(tmp_path / "means")
     assert [line["step"] for line in means] == [1, 3, 6, 8]
+    adversarial = {"adv", "disc", "adaptive", "real", "fake"}
+    for line in each:
+        begun = model == "sdvae" and line["step"] >= 3
+        assert adversarial & line.keys() == (adversarial if begun else set())
     assert sum(line["skipped"] for line in each) == (model == "vmae")
     last = 0
     for line in means:
@@ -448,7 +423,7 @@ def odd_images(tmp_path):
     rgb.save(root / "日本 ümläut.jpg")
     good = sorted(root.iterdir())
     rgb.save(root / "cut.jpg")
-    damage(root / "cut.jpg", "truncated")
+    (root / "cut.jpg").write_bytes((root / "cut.jpg").read_bytes()[:500])
     (root / "empty.png").write_bytes(b"")
     (root / "text.jpg").write_text("a picture of a cat")
     (root / "link.png").symlink_to("nowhere.png")
@@ -476,29 +451,14 @@ def test_odd_images_are_read_or_skipped_by_name(odd_images, capfd, workers):
         while paths[place] in bad:
             place = (place + 1) % len(paths)
         assert torch.equal(x, batches[place][0])
+    # The first picture of several, an inverted mode, a name outside of ASCII
+    colour = torch.tensor([200, 100, 50]).view(3, 1, 1) / 127.5 - 1
+    for name in ("moves.webp", "cmyk.jpg", "日本 ümläut.jpg"):
+        assert (batches[paths.index(root / name)][0] - colour).abs().max() <= 6 / 127.5, name
     warned = capfd.readouterr().err
     # Each process says it once
     assert all(1 <= warned.count(f"{path} ") <= max(1, workers) for path in bad)
     assert not any(f"{path} " in warned for path in good)
-
-
-def test_odd_kinds_show_what_they_show(odd_images):
-    root, _, _ = odd_images
-    images = train_ae.Images(str(root.parent))
-    index = {Path(images.path(i)).name: i for i in range(len(images))}
-
-    def show(name):
-        return np.asarray(images[index[name]]).astype(int)
-
-    ramp = np.linspace(0, 255, 40 * 50).reshape(40, 50)[..., None]
-    for name in ("16 bit.png", "16 bit.tif"):
-        assert np.abs(show(name) - ramp).max() <= 1, name
-    # Transparency is over white
-    over_white = ramp * (ramp / 255) + 255 - ramp
-    assert np.abs(show("grey and alpha.png") - over_white).max() <= 2
-    assert (show("palette.png") == 255).all()
-    for name in ("alpha.png", "moves.webp", "cmyk.jpg", "日本 ümläut.jpg"):
-        assert np.abs(show(name) - [200, 100, 50]).max() <= 6, name
 
 
 def test_filling_a_cache_names_the_images_that_it_replaces(odd_images, tmp_path, tiny_vmae, capfd):

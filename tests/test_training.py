@@ -84,10 +84,8 @@ def test_vmae_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path):
         assert difference(one, other) < 1e-5
         for a, b in zip(log_of(one), log_of(other)):
             assert a["step"] == b["step"] and abs(a["masked"] - b["masked"]) < 1e-5
-    # They agree, and not because nothing moves
-    sizes = {"hidden_size": 32, "depth": 1, "decoder_depth": 1, "num_heads": 2}
-    start = ae.MODELS["vmae"](image_size=32, **sizes)
-    assert (read(one / "ckpt.pt")["model"]["mask_token"] - start.mask_token).abs().max() > 1e-3
+    # They agree, and not because nothing moves: this bias starts at zero
+    assert read(one / "ckpt.pt")["model"]["decoder_norm.bias"].abs().max() > 2e-5
 
 
 def test_dit_ends_the_same_with_two_processes_or_other_micro_batches(tmp_path, tiny_vmae):
@@ -116,15 +114,6 @@ def test_other_models_end_the_same_with_other_micro_batches(tmp_path, model):
     assert difference(tmp_path / "one", tmp_path / "micro") < 1e-5
 
 
-@pytest.mark.slow
-def test_two_processes_train_sdvae_with_one_discriminator(tmp_path):
-    flags = f"--model sdvae {TINY_CONV} {SMALL} --steps 4 --disc_start 2"
-    together(2, "train_ae.py", "--out", tmp_path / "two", flags)
-    terms = log_of(tmp_path / "two")
-    assert "adv" not in terms[0] and {"adv", "disc", "adaptive", "real", "fake"} <= terms[1].keys()
-    assert all(np.isfinite(value) for line in terms for value in line.values())
-
-
 def test_streams_of_random_numbers_have_different_seeds():
     """SeedSequence((7, 5)) is SeedSequence((7, 5, 0)): keys of one length tell them apart."""
     ends = ((7, 5, 0), (7, 0, 5), (5, 7, 0))
@@ -135,21 +124,17 @@ def test_streams_of_random_numbers_have_different_seeds():
 # ---- resume ----
 
 
-@pytest.mark.parametrize("model", ["vmae", pytest.param("sdvae", marks=pytest.mark.slow)])
-def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, model, capsys):
+def test_a_resumed_autoencoder_ends_in_the_same_bits(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    # At a constant rate, or on a cosine that ends later, a longer run begins like a shorter one
-    schedule = "cosine --decay_epochs 1" if model == "vmae" else "constant"
-    flags = f"{tiny(model)} {SMALL} --batch 8 --schedule {schedule}"
+    # On a cosine that ends later a longer run begins like a shorter one
+    flags = f"{TINY_VIT} {SMALL} --batch 8 --schedule cosine --decay_epochs 1"
     run(train_ae, "--out", whole, flags, "--steps 10")
     # A cluster's job script can always carry --resume
     run(train_ae, "--out", cut, flags, "--steps 4 --resume")
     assert f"{cut} has no checkpoint: the run begins" in capsys.readouterr().out
     run(train_ae, "--out", cut, flags, "--steps 10 --resume")
     assert re.search("going on from step 4 .*--steps 10", capsys.readouterr().out)
-    for part in ("model", "disc") if model == "sdvae" else ("model",):
-        assert difference(whole, cut, part) == 0
-    assert without_times(whole) == without_times(cut)
+    assert difference(whole, cut) == 0 and without_times(whole) == without_times(cut)
 
 
 def test_a_resumed_dit_ends_in_the_same_bits_whatever_is_in_the_log(tmp_path, tiny_vmae):
@@ -213,8 +198,7 @@ def test_a_file_that_is_no_checkpoint_of_this_script_s_runs_is_a_sentence_on_res
         (train_ae, model, "holds a DiT, not an autoencoder"),
         (train_ae, {"a": torch.zeros(1)}, "holds no autoencoder"),
         (train_dit, model, "is no checkpoint of a run"),
-        (train_dit, {"ema": model}, "is no checkpoint of a run"),
-        (train_dit, vmae, "checkpoint"),
+        (train_dit, vmae, "is no checkpoint of a DiT's run"),
     ):
         torch.save(content, tmp_path / "ckpt.pt")
         message = fails(module, "--out", tmp_path, "--resume")
@@ -381,7 +365,6 @@ def resolved(monkeypatch, module, *flags):
     "flags, expected",
     [
         ("--image_size 64", 256),
-        ("--image_size 128", 256),
         ("--image_size 256", 64),
         ("--image_size 512 --model mae", 16),
         ("--batch 96 --micro_batch 1000000000000", 96),
@@ -456,15 +439,15 @@ def test_the_start_prints_what_a_person_checks(tmp_path, tiny_vmae, folder, caps
     short = "warning: the run ends within its warm-up"
     run(train_ae, "--out", tmp_path / "a", TINY_VIT, SMALL, "--steps 1")
     text = capsys.readouterr().out
-    for words in ("demo settings", "mask_ratio 0.6", "lpips 0", short):
-        assert words in text
-    assert "4,500 images of 10 classes (0, 1, 2, 3, 4, ...) in the bundled digits" in text
-    assert "1 steps of 16 images, 16 at once" in text
-    # 16e-3 at batch 256; an epoch, 282 steps, of warm-up
-    assert "learning rate up to 0.001 after 282 steps of warm-up" in text
-    for words in ("parameters", "MiB", "step 1/1", "visible", "masked", "kl", "lr", "grad_norm"):
-        assert words in text
-    for words in ("skipped 0", "images/s", "left"):
+    for words in (
+        *("demo settings", "mask_ratio 0.6", "lpips 0", short),
+        "4,500 images of 10 classes (0, 1, 2, 3, 4, ...) in the bundled digits",
+        "1 steps of 16 images, 16 at once",
+        # 16e-3 at batch 256; an epoch, 282 steps, of warm-up
+        "learning rate up to 0.001 after 282 steps of warm-up",
+        *("parameters", "MiB", "step 1/1", "visible", "masked", "kl", "lr", "grad_norm"),
+        *("skipped 0", "images/s", "left"),
+    ):
         assert words in text
     assert "--compile" not in text
     run(train_dit, *latents_of(tiny_vmae), "--out", tmp_path / "d", "--steps 1 --sample_steps 1")
@@ -575,18 +558,6 @@ def test_class_folders_and_flat_folders(folder):
     assert flat.classes == [""] and len(flat) == 40
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(folder):
-    image = train_ae.Images(folder)[0]
-
-    def make(seed, epoch, index):
-        return train_ae.augment(32, seed, image, index, epoch, False)
-
-    first = make(0, 1, 2)
-    torch.rand(3)
-    assert torch.equal(first, make(0, 1, 2))
-    assert not any(torch.equal(first, make(*key)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))
-
-
 @pytest.mark.parametrize("side", [(37, 50), (9, 12), (300, 400)])
 def test_augmentation_is_torchvision_s_random_resized_crop_flipped_where_the_key_says_so(side):
     """On noise, where the rounding differs most: PyTorch's weights have 16 bits, Pillow's 32."""
@@ -672,17 +643,21 @@ def test_training_in_bfloat16_learns_as_in_float32(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model", ["vae", "sdvae", "vmae", "tune"]
-)  # two networks, all compiled parts
+@pytest.mark.parametrize("model", ["vae", "sdvae", "vmae", "tune", "dit"])
 def test_compiled_training_is_eager_training(tmp_path, model, tiny_vmae):
-    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    flags = (f"{tiny(model)} {SMALL} --steps 6 --seed 1",)
+    module, most, flags = train_ae, 1e-4, (tiny(model), "--seed 1")
     if model == "tune":
-        flags = (f"{SMALL} --steps 6 --base_lr 16e-3 --tune_decoder --init", tiny_vmae)
-    run(train_ae, "--out", eager, *flags)
-    run(train_ae, "--out", compiled, *flags, "--compile 1")
-    assert difference(eager, compiled) < 1e-4
+        flags = ("--base_lr 16e-3 --tune_decoder --init", tiny_vmae)
+    if model == "dit":
+        # AdamW divides a gradient by its own size: where that is near zero, rounding alone moves a
+        # weight by a share of the learning rate. At the demo's 3e-3 it moved 7 weights of 1.3
+        # million by more than 1e-4; at 1e-3 none by more than 1e-6.
+        module, most = train_dit, 1e-5
+        flags = (*latents_of(tiny_vmae), "--sample_steps 1 --lr 1e-3")
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    run(module, "--out", eager, *flags, SMALL, "--steps 6")
+    run(module, "--out", compiled, *flags, SMALL, "--steps 6 --compile 1")
+    assert difference(eager, compiled) < most
 
 
 @pytest.mark.slow
@@ -712,18 +687,6 @@ def test_a_gpu_s_defaults_are_what_it_can_do(monkeypatch, capability, dtype):
         args = plan(batch=4, micro_batch=4)
         train_ae.resolve(args, device)
         assert [args.device, args.dtype, args.compile] == expected
-
-
-@pytest.mark.slow
-def test_compiled_dit_training_is_eager_training(tmp_path, tiny_vmae):
-    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    # AdamW divides a gradient by its own size: where that is near zero, rounding alone moves a
-    # weight by a share of the learning rate. At the demo's 3e-3 it moved 7 weights of 1.3 million
-    # by more than 1e-4; at 1e-3 none by more than 1e-6.
-    flags = (*latents_of(tiny_vmae), SMALL, "--steps 6 --sample_steps 1 --lr 1e-3")
-    run(train_dit, "--out", eager, *flags)
-    run(train_dit, "--out", compiled, *flags, "--compile 1")
-    assert difference(eager, compiled) < 1e-5
 
 
 def test_the_next_image_takes_the_place_of_an_unreadable_one_and_a_hundred_end_the_run(
@@ -891,10 +854,8 @@ def test_a_latent_beyond_16_bits_is_a_sentence(tmp_path, tiny_vmae):
 
 def test_the_time_of_a_checkpoint_is_not_counted_in_the_speed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_ae, "save_reconstructions", lambda *_: time.sleep(2))
-    flags = (TINY_VIT, SMALL, "--steps 2 --log_every 1 --ckpt_every 1")
-    run(train_ae, "--out", tmp_path / "a", *flags)
-    batch = ae.read_checkpoint(tmp_path / "a" / "ckpt.pt")["args"]["batch"]
-    assert batch / log_of(tmp_path / "a")[-1]["images_per_s"] < 2
+    run(train_ae, "--out", tmp_path, TINY_VIT, SMALL, "--steps 2 --ckpt_every 1")
+    assert 16 / log_of(tmp_path)[-1]["images_per_s"] < 2
 
 
 def test_photographs_are_flipped_and_digits_are_not(folder):
@@ -1259,35 +1220,25 @@ def test_weights_of_others_are_drawn_with_ae_and_stats_and_not_mixed_with_change
     run(sample, *others, same, "--ckpt", copy)
 
 
-@pytest.fixture(scope="module")
-def of_imagenet(tiny_vmae, tmp_path_factory):
-    """An untrained DiT of 1,000 classes as LightningDiT saves it; the flags to draw from it."""
-    out = tmp_path_factory.mktemp("imagenet")
-    channels, size, _ = ae.load(tiny_vmae).latent_shape(32, 32)
-    net = dit.DiT(size, 1, channels, 32, 1, 2, 1000)
-    torch.save({"ema": net.state_dict()}, out / "ckpt.pt")
-    torch.save({"mean": torch.zeros(channels), "std": torch.ones(channels)}, out / "stats.pt")
-    paths = ("--ckpt", out / "ckpt.pt", "--ae", tiny_vmae, "--stats", out / "stats.pt")
-    return *paths, "--steps 1 --columns 2"
+def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, tiny_vmae, monkeypatch):
+    # An untrained DiT as LightningDiT saves it
+    ckpt, stats = tmp_path / "ckpt.pt", tmp_path / "stats.pt"
+    torch.save({"ema": dit.DiT(4, 1, 16, 32, 1, 2, 1000).state_dict()}, ckpt)
+    torch.save({"mean": torch.zeros(16), "std": torch.ones(16)}, stats)
+    flags = ("--ckpt", ckpt, "--ae", tiny_vmae, "--stats", stats, "--steps 1 --columns 2")
+    save_grid, found = sample.save_grid, []
 
+    def watched(path, rows, captions):
+        found.append(captions)
+        save_grid(path, rows, captions)
 
-def captions_of_grid(monkeypatch, *flags):
-    """What sample.py writes beside the rows of its grid."""
-    captions, save_grid = [], sample.save_grid
+    monkeypatch.setattr(sample, "save_grid", watched)
 
-    def watched(path, rows, labels):
-        captions.extend(labels)
-        save_grid(path, rows, labels)
+    def captions_of_grid(*more):
+        run(sample, "--out", tmp_path, *flags, *more)
+        return found.pop()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "save_grid", watched)
-        run(sample, *flags)
-    return captions
-
-
-def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, of_imagenet, monkeypatch):
-    flags = ("--out", tmp_path, *of_imagenet)
-    figure = captions_of_grid(monkeypatch, *flags)
+    figure = captions_of_grid()
     # The supplement's captions, but for its capitals
     assert figure == [
         *("Flamingo (130)", "Macaw (88)", "Siberian husky (250)", "Passenger car (705)"),
@@ -1297,18 +1248,16 @@ def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, of_imagene
         assert picture.height == 8 * 66 and picture.width > 2 * 66 + 100
     words = "--labels 975 'siberian husky' Macaw fig"
     named = ["Lakeside (975)", "Siberian husky (250)", "Macaw (88)", "Fig (952)"]
-    assert captions_of_grid(monkeypatch, *flags, words) == named
+    assert captions_of_grid(words) == named
     # A file of ours knows the folders
     wnids = ["n01440764", *(f"n{i:08}" for i in range(1, 1000))]
-    torch.save(read(of_imagenet[1]) | {"class_names": wnids}, tmp_path / "ours.pt")
+    torch.save(read(ckpt) | {"class_names": wnids}, tmp_path / "ours.pt")
     ours = ("--ckpt", tmp_path / "ours.pt", "--labels n00000088 n01440764 88")
-    assert captions_of_grid(monkeypatch, *flags, *ours) == ["Macaw (88)", "Tench (0)", "Macaw (88)"]
+    assert captions_of_grid(*ours) == ["Macaw (88)", "Tench (0)", "Macaw (88)"]
 
     for word, expected in (
         ("cardigan", "several classes, Cardigan (264), Cardigan (474)"),
         ("husky", "--labels husky is none of the model's classes, 0 to 999: Tench, Goldfish"),
-        ("1000", "--labels 1000 is none"),
-        ("88,975", "--labels 88,975 is none"),
     ):
         assert expected in fails(sample, *flags, "--labels", word)
 
@@ -1354,12 +1303,6 @@ def test_folders_named_by_other_numbers_than_their_own_are_noted(tmp_path, tiny_
     assert samples_of(tmp_path)[1].tolist() == [1]
     record = json.loads((tmp_path / "samples" / "settings.json").read_text())
     assert record["class_names"] == names
-
-    # A record of another day is compared in the names that both have
-    del record["class_names"]
-    (tmp_path / "samples" / "settings.json").write_text(json.dumps(record))
-    run(sample, "--ckpt", tmp_path / "ckpt.pt", "--num 2 --steps 1 --labels 10")
-    assert len(samples_of(tmp_path)[1]) == 2
 
 
 def test_16_bits_round_the_products_of_the_dit_and_nothing_else(tmp_path, tiny_dit, monkeypatch):
@@ -1455,21 +1398,11 @@ class ToneAE(ae.AE):
         self.gamma = gamma
 
 
-class GrainAE(ae.AE):
-    """One whose setting has no default."""
-
-    def __init__(self, grain, **kwargs):
-        super().__init__(**kwargs)
-
-
 def test_each_edit_that_a_new_autoencoder_lacks_is_missed_loudly(tmp_path, monkeypatch, capsys):
-    """The class with a default for each setting, its name in MODELS, its recipe (with the demo's
-    part), a line for each flag."""
+    """Its name in MODELS, its recipe (with the demo's part), a line for each flag; test_ae.py has a
+    setting without a default."""
     flags = ("--out", tmp_path, "--model tone", TINY_CONV, SMALL, "--steps 1")
     assert "invalid choice: 'tone'" in usage_error(capsys, train_ae, *flags)
-    monkeypatch.setitem(ae.MODELS, "tone", GrainAE)
-    with pytest.raises(AssertionError, match="GrainAE's grain has no default"):
-        run(train_ae, *flags)
     monkeypatch.setitem(ae.MODELS, "tone", ToneAE)
     with pytest.raises(KeyError, match="tone"):
         run(train_ae, *flags)
@@ -1493,52 +1426,45 @@ def test_each_edit_that_a_new_autoencoder_lacks_is_missed_loudly(tmp_path, monke
 
 def test_wrong_flags_of_train_ae_get_argparse_s_error(tiny_vmae, capsys):
     for words, flags in (
-        ("invalid choice: 'vqgan'", "--model vqgan"),
         ("argument --steps: invalid int value: 'many'", "--steps many"),
         ("not allowed with", "--steps 5 --epochs 1"),
         ("--betas: expected 2 arguments", "--betas 0.9"),
         ("--betas: 1 is not a finite number from 0", "--betas 1 2"),
         ("--compile: expected one argument", "--compile"),
         ("--init: an empty string", "--init ''"),
-        ("--model vmae", "--model mae --tune_decoder"),
         ("unrecognized arguments: --mask_ratio 0.5", "--model ae --mask_ratio 0.5"),
         ("unrecognized arguments: --kl 0", "--kl 0 --model mae"),
         ("argument --freeze_encoder", f"--freeze_encoder 2 --tune_decoder --init {tiny_vmae}"),
     ):
         assert words in usage_error(capsys, train_ae, flags)
-    for flag in ("steps 0", "batch 0", "epochs nan", "base_lr -1", "base_lr nan", "base_lr inf"):
-        assert f"argument --{flag.split()[0]}" in usage_error(capsys, train_ae, f"--{flag}")
-    for flag in ("prior_std 0", "seed -1", "decay_epochs 0"):
+    for flag in (
+        *("steps 0", "batch 0", "epochs nan", "base_lr -1", "base_lr nan", "base_lr inf"),
+        *("prior_std 0", "seed -1", "decay_epochs 0"),
+    ):
         assert f"argument --{flag.split()[0]}" in usage_error(capsys, train_ae, f"--{flag}")
     for flag in ("lerning_rate 1", "disc_start 3", "recon l1", "freeze_encoder 0", "ckpt a.pt"):
         assert f"unrecognized arguments: --{flag}" in usage_error(capsys, train_ae, f"--{flag}")
 
 
-def wrong_autoencoder_runs(tmp, tiny_vmae):
-    """Words of the sentence, and the flags that lead to it."""
-    (tmp / "empty").mkdir()
-    (tmp / "mixed" / "a").mkdir(parents=True)
-    for path in (tmp / "mixed" / "1.png", tmp / "mixed" / "a" / "2.png"):
+def test_mistakes_with_train_ae_get_one_sentence_or_python_s_error(tmp_path):
+    empty, mixed = tmp_path / "empty", tmp_path / "mixed"
+    empty.mkdir()
+    (mixed / "a").mkdir(parents=True)
+    for path in (mixed / "1.png", mixed / "a" / "2.png"):
         Image.new("RGB", (40, 40)).save(path)
-    yield "has no images", "--data", tmp / "empty"
-    yield "both in itself and in sub-folders", "--data", tmp / "mixed"
-    yield "multiple of the patch size 8", "--image_size 30"
-    yield "multiple of 8 pixels", "--model ae --image_size 30"
-    yield "leaves 0 of", "--mask_ratio 0.99"
-    yield "leaves 16 of 16", "--model mae --mask_ratio 0"
-    yield "30 30 are not multiples of 32", "--model ae --channels 30 30"
-    yield "hidden size 30", "--hidden_size 30"
-    yield "gpu", "--device gpu"
-    yield "discriminator", "--model sdvae --image_size 16"
-    yield "train it (train_ae.py), or name", "--tune_decoder --init a.pt"
-    tune = ("--tune_decoder --init", tiny_vmae)
-    yield f"--hidden_size 64: {tiny_vmae} has 32", *tune, "--hidden_size 64"
-    yield "of another kind of model: vmae", "--model ae --init", tiny_vmae
-
-
-def test_mistakes_with_train_ae_get_one_sentence_or_python_s_error(tmp_path, tiny_vmae):
-    for k, (words, *flags) in enumerate(wrong_autoencoder_runs(tmp_path, tiny_vmae)):
-        assert words in fails(train_ae, "--out", tmp_path / str(k), *flags)
+    for words, *flags in (
+        ("has no images", "--data", empty),
+        ("both in itself and in sub-folders", "--data", mixed),
+        ("multiple of the patch size 8", "--image_size 30"),
+        ("multiple of 8 pixels", "--model ae --image_size 30"),
+        ("leaves 0 of", "--mask_ratio 0.99"),
+        ("leaves 16 of 16", "--model mae --mask_ratio 0"),
+        ("30 30 are not multiples of 32", "--model ae --channels 30 30"),
+        ("hidden size 30", "--hidden_size 30"),
+        ("gpu", "--device gpu"),
+        ("discriminator", "--model sdvae --image_size 16"),
+    ):
+        assert words in fails(train_ae, "--out", tmp_path / "out", *flags)
     nowhere = str(tmp_path / "nowhere")
     for flag in ("--data", "--init"):
         with pytest.raises(FileNotFoundError, match=nowhere):
@@ -1564,13 +1490,9 @@ def test_results_do_not_go_into_the_folder_of_the_images(tmp_path, tiny_vmae, fo
 
 
 def test_mistakes_with_train_dit_and_sample_get_one_sentence_or_an_error_that_says_enough(
-    tmp_path, tiny_vmae, tiny_dit, monkeypatch, capsys
+    tmp_path, tiny_vmae, tiny_dit, capsys
 ):
-    monkeypatch.chdir(tmp_path)  # where no autoencoder has been trained
     out, nothing, stats = tmp_path / "out", tmp_path / "nothing.pt", tmp_path / "stats.pt"
-    message = fails(train_dit, "--out", out)
-    assert "(train_ae.py, then train_ae.py --tune_decoder), or name" in message
-    assert "holds a DiT" in fails(train_dit, "--out", out, "--ae", tiny_dit)
     start = ("--out", out, "--ae", tiny_vmae)
     assert "32 pixels" in fails(train_dit, *start, "--image_size 64")
     for flag in ("--ema 1", "--cosine_loss", "--qk_norm 2", "--class_dropout 2"):
@@ -1592,9 +1514,6 @@ def test_mistakes_with_train_dit_and_sample_get_one_sentence_or_an_error_that_sa
     assert "do not fit" in message and "--ae, --stats" in message
     torch.save({"mean": [0.0] * 16, "std": [1.0] * 16}, stats)
     assert "holds no tensors mean and std" in fails(sample, *start, "--stats", stats)
-    assert "train_dit.py --ae" in fails(sample, "--ckpt", tiny_vmae)
-    assert "classes, 0 to 9" in fails(sample, *start, "--labels 3 10")
-    assert "classes, 0 to 9" in fails(sample, *start, "--labels cat")
     for module, *flags in (
         (train_dit, "--out", out, "--ae", nothing),
         (train_dit, "--out", out, "--init", nothing),
@@ -1632,27 +1551,7 @@ def test_training_with_lpips_logs_it_and_a_finished_run_does_not_load_it(
     run(train_ae, "--out", out, tiny(model), few, f"--lpips {weight} --resume")
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-
-    def write_on_a_full_disk():
-        with fid.whole_file(str(path)) as file:
-            file.write(b"half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_on_a_full_disk()
-    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
-    with fid.whole_file(str(path)) as file:
-        file.write(b"after")
-        assert path.read_bytes() == b"before"
-    assert path.read_bytes() == b"after"
-
-
-@pytest.mark.parametrize(
-    "model, size", [("vmae", 24), ("vmae", 40), ("vmae", 136), ("ae", 40), ("ae", 72)]
-)
+@pytest.mark.parametrize("model, size", [("vmae", 24), ("vmae", 136), ("ae", 40)])
 def test_any_size_that_8_divides_goes_through_both_stages_and_sampling(
     tmp_path, folder, model, size
 ):
