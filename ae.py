@@ -112,7 +112,10 @@ class Autoencoder(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(decoder)}
 
     def randomness(self, n, size, generator):
-        """The random arguments of forward for n images of size x size pixels, by name."""
+        """The random arguments of forward for n images of size x size pixels, by name.
+
+        A class whose forward draws overrides it: every process seeds the default generator alike.
+        """
         return {}
 
     def objective(self, terms, x, x_hat, perceptual):

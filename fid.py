@@ -162,8 +162,8 @@ def run_network(net, count, batches, title, batch, device):
 def compute_metrics(net, ref, samples, device):
     """Return the metrics by name, without those that cannot be computed.
 
-    ref, samples: features by name. net: its last layer gives the Inception Score; None if no images
-    went through the network.
+    ref, samples: features by name. net: its last layer gives the Inception Score; None if there are
+    neither images nor, in samples, stored pool features.
     """
     ref_pool, pool = (torch.as_tensor(x.get("pool", ()), device=device) for x in (ref, samples))
     metrics = {}
