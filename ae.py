@@ -114,7 +114,8 @@ class Autoencoder(nn.Module):
     def randomness(self, n, size, generator):
         """The random arguments of forward for n images of size x size pixels, by name.
 
-        A class whose forward draws overrides it: every process seeds the default generator alike.
+        A class whose forward takes some overrides it. What forward draws by itself is the same in
+        every process, which all seed PyTorch's default generator alike.
         """
         return {}
 

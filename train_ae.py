@@ -803,13 +803,15 @@ class Log:
     """
 
     def __init__(self, args, first_step):
-        self.args, self.path = args, Path(args.out, "log.jsonl")
-        if rank_and_world()[0] == 0 and self.path.exists():
+        rank, _ = rank_and_world()
+        self.args = args
+        self.path = Path(args.out, "log.jsonl")
+        if rank == 0 and self.path.exists():
             trim_log(self.path, first_step)
         self.numbers = defaultdict(list)  # on the device, by name
         self.skipped_in_row = 0  # steps up to the last line
         self.writer = None
-        if args.tensorboard and rank_and_world()[0] == 0:
+        if args.tensorboard and rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = os.path.join(args.out, "tensorboard")
@@ -895,8 +897,8 @@ def trim_log(path, first_step):
 
 def save(args, step, images, numbered, content):
     """Write ckpt.pt, and before it, if `numbered`, a checkpoint of the same content that stays."""
-    # args: --resume compares them; ae.load and --init read the network's sizes. images: --resume
-    # compares them.
+    # args: --resume compares them; ae.load, --init and --resume find the network's sizes there.
+    # images: --resume compares them.
     ckpt = {"step": step, "args": vars(args), "images": images.fingerprint(), **content}
     for name in [f"ckpt-{step:07}.pt", "ckpt.pt"] if numbered else ["ckpt.pt"]:
         with whole_file(os.path.join(args.out, name), sync=True) as file:
@@ -969,7 +971,8 @@ def crop_and_flip(size, image, index, epoch, flip):
 def augment(size, seed, image, index, epoch, flip):
     """A transform of Batches: a random crop by (seed, epoch, index), flipped if the key says so.
 
-    torchvision's RandomResizedCrop of 75 to 100% of the area, resized bicubically [R].
+    As in the release: torchvision's RandomResizedCrop of 75 to 100% of the area, resized
+    bicubically.
     """
     # get_params draws from the default generator.
     torch.default_generator.manual_seed(sample.seed_of(sample.CROP, seed, epoch, index))

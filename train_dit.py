@@ -273,7 +273,8 @@ def train(args):
             if numbered or step == args.steps:
                 save_samples()
                 log.add_picture(picture, step)
-            content = {  # and who reads it; sample.py and --init do so with dit.load
+            # What a checkpoint holds and who reads it; sample.py and --init do so with dit.load.
+            content = {
                 "model": net.state_dict(),  # --resume
                 "optimizer": optimizer.state_dict(),  # --resume
                 "ema": ema.state_dict(),  # sample.py, --init, --resume
@@ -284,8 +285,8 @@ def train(args):
                 # sample.py, --init, --resume
                 "autoencoder": {"model": autoencoder.state_dict(), "args": autoencoder.args},
             }
-            # save adds "step" and the fingerprint of the images, for --resume, and "args", where
-            # --init and --resume find the network's sizes; --resume compares the others.
+            # save adds "step" and the fingerprint of the images, for --resume, and "args": --init and
+            # --resume find the network's sizes there, --resume all that must not change.
             train_ae.save(args, step, images, numbered, content)
             log.restart_clock(step)  # images/s are those of training alone
 
@@ -346,7 +347,8 @@ def update_ema(ema, net, rate):
 
 # ---- Latents ----
 
-AT_ONCE = 32  # images that are encoded together; fixed, since another number rounds otherwise
+# Images that are encoded together, at most. The rounding of the cache depends on this number.
+AT_ONCE = 32
 
 
 @torch.no_grad()
@@ -374,7 +376,7 @@ def latent_statistics(args, images, load_moments, autoencoder):
     bar = tqdm(mine, "latent statistics", unit="batch", disable=rank > 0)
     for k, (moments, _) in zip(bar, load_moments(keys), strict=True):
         posterior = ae.Posterior(moments, autoencoder.deterministic)
-        rng = generator(device, sample.STATISTICS, args.seed, 1, k)  # (0, 0) is the key above
+        rng = generator(device, sample.STATISTICS, args.seed, 1, k)  # the key above ends in 0, 0
         noise = torch.randn(posterior.mean.shape, generator=rng, device=device)
         statistics.update(posterior.sample(noise).transpose(0, 1).flatten(1).T)  # (B * h * w, C)
     mean, covariance = statistics.finish()

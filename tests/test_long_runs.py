@@ -102,7 +102,8 @@ def test_runs_killed_at_random_steps_end_in_the_same_bits(tmp_path, model, proce
         process = start(processes, *command, "--out", killed)
         wait_for(killed, min(39, done + rng.randint(1, 9)), process)
         time.sleep(rng.random() * 0.02)
-        # torchrun's processes have sessions of their own. It hands SIGTERM on, which is as abrupt
+        # SIGKILL would end torchrun alone: its processes have sessions of their own. It hands on
+        # SIGTERM, which ends them as abruptly
         os.killpg(process.pid, signal.SIGKILL if processes == 1 else signal.SIGTERM)
         process.communicate()
         done = len(log_of(killed))
@@ -128,8 +129,8 @@ def test_a_run_goes_on_with_another_number_of_processes_to_rounding(tmp_path):
 
 def test_without_a_good_checkpoint_a_sentence_says_so_and_a_numbered_one_goes_on(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    ckpt, numbered, flags = cut / "ckpt.pt", cut / "ckpt-0000002.pt", f"{TINY_VIT} {SMALL}"
-    flags += " --schedule constant --keep_every 2"
+    ckpt, numbered = cut / "ckpt.pt", cut / "ckpt-0000002.pt"
+    flags = f"{TINY_VIT} {SMALL} --schedule constant --keep_every 2"
     run(train_ae, "--out", whole, flags, "--steps 6")
     run(train_ae, "--out", cut, flags, "--steps 3")
     again = ("--out", cut, flags, "--resume --steps 6")

@@ -1258,6 +1258,8 @@ def test_imagenet_s_grid_is_figure_2_and_classes_have_names(tmp_path, tiny_vmae,
     for word, expected in (
         ("cardigan", "several classes, Cardigan (264), Cardigan (474)"),
         ("husky", "--labels husky is none of the model's classes, 0 to 999: Tench, Goldfish"),
+        ("1000", "--labels 1000 is none"),
+        ("88,975", "--labels 88,975 is none"),
     ):
         assert expected in fails(sample, *flags, "--labels", word)
 
